@@ -1,0 +1,1 @@
+"""Twilight Engine: long-context decoding with the KV cache in host memory."""

@@ -1,0 +1,1 @@
+"""The method: a layer's decode pipeline, its selectors and its dense fallback."""

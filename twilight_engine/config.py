@@ -1,0 +1,189 @@
+"""Configuration: what memory an engine holds, and how a step attends.
+
+`KVConfig` fixes memory for an engine's life. `SparseConfig` may differ by request. Both check
+themselves where they are built; everything below trusts them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+PRESETS = ("balanced", "lean", "paper")
+
+KIndex = Literal["int4_channel", "int4_token"]
+VIndex = Literal["none", "int4"]
+GroupRule = Literal["mean", "union"]
+Tail = Literal["mean", "renormalise"]
+Fetch = Literal["row", "page"]
+Policy = Literal["graded", "dense"]
+
+QUEST_BLOCK = 16  # tokens a bound covers where K codes are per token (Quest's page)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+
+
+def _share(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+        raise ValueError(f"{name} is {value!r}; it must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class KVConfig:
+    """Where the KV cache lives and what the device keeps of it, for an engine's life.
+
+    Args:
+        page_size: tokens a page; the unit of allocation and of the index.
+        k_index: how the device copy of K is quantised: per channel over a page, or per token.
+        v_index: whether the device also keeps an INT4 copy of V.
+        dense_layers: layers whose KV stays on the device at full precision, or "all".
+        num_sink: first tokens of a sequence, always exact and on the device.
+        num_recent: at least this many last tokens are exact and on the device; >= page_size.
+        host_bytes: byte budget of the host arena; None: what max_model_len * max_num_seqs needs.
+        hot_bytes: byte budget of the hot rows over all layers; None: a share of the context.
+    """
+
+    page_size: int = 64
+    k_index: KIndex = "int4_channel"
+    v_index: VIndex = "int4"
+    dense_layers: tuple[int, ...] | Literal["all"] = (0, 1)
+    num_sink: int = 4
+    num_recent: int = 128
+    host_bytes: int | None = None
+    hot_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.page_size, int) or self.page_size < 1:
+            raise ValueError(f"page_size is {self.page_size!r}; it must be a whole number >= 1")
+        _one_of("k_index", self.k_index, ("int4_channel", "int4_token"))
+        _one_of("v_index", self.v_index, ("none", "int4"))
+        if self.dense_layers != "all":
+            layers = tuple(self.dense_layers)
+            if any(not isinstance(i, int) or i < 0 for i in layers):
+                raise ValueError(
+                    f"dense_layers is {self.dense_layers!r}; it must be 'all' or layer numbers >= 0"
+                )
+            object.__setattr__(self, "dense_layers", layers)
+        if self.num_sink < 0:
+            raise ValueError(f"num_sink is {self.num_sink}; it must be >= 0")
+        if self.num_recent < self.page_size:
+            raise ValueError(
+                f"num_recent is {self.num_recent}; it must be at least page_size "
+                f"({self.page_size}), because an open page is read from the window"
+            )
+        for name in ("host_bytes", "hot_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}; it must be >= 0, or None for the default")
+
+    @property
+    def window_rows(self) -> int:
+        """Rows of a sequence's ring of recent tokens: a multiple of page_size."""
+        return -(-self.num_recent // self.page_size) * self.page_size + self.page_size
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> KVConfig:
+        """The memory a preset needs, with some fields changed."""
+        _one_of("preset", name, PRESETS)
+        base: dict[str, dict[str, Any]] = {
+            "balanced": {},
+            "lean": {"v_index": "none"},
+            "paper": {"k_index": "int4_token", "v_index": "none"},
+        }
+        return cls(**{**base[name], **changes})
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """How a decode step attends; may differ by request and, through `by_layer`, by layer.
+
+    Args:
+        policy: "graded" (select, prune, fetch) or "dense" (every row at full precision: from the
+            device in dense layers, streamed from the host in the others).
+        attn_top_p: attention mass that the exact rows must reach, in (0, 1]; 1 keeps every row.
+        attn_top_k: exact rows a KV head, in place of attn_top_p.
+        index_top_p: mass up to which rows keep an INT4 V; None: no index grade.
+        group_rule: top-p on the mean weight of a GQA group, or the union of its heads' sets.
+        tail: "mean" gives dropped tokens the mean V of their page, "renormalise" drops them.
+        selector: "all", "quest" or an object with the Selector interface.
+        selector_budget: tokens the selector may keep: a share of the context in (0, 1], or a count.
+        fetch: "row" fetches the rows wanted, "page" every row of a page that holds one.
+        by_layer: another SparseConfig for some layers.
+    """
+
+    policy: Policy = "graded"
+    attn_top_p: float = 0.80
+    attn_top_k: int | None = None
+    index_top_p: float | None = 0.98
+    group_rule: GroupRule = "mean"
+    tail: Tail = "mean"
+    selector: Any = "all"
+    selector_budget: float | int = 0.25
+    fetch: Fetch = "row"
+    by_layer: Mapping[int, SparseConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _one_of("policy", self.policy, ("graded", "dense"))
+        _share("attn_top_p", self.attn_top_p)
+        if self.attn_top_k is not None and self.attn_top_k < 1:
+            raise ValueError(f"attn_top_k is {self.attn_top_k}; it must be >= 1, or None")
+        if self.index_top_p is not None:
+            _share("index_top_p", self.index_top_p)
+            if self.attn_top_k is None and self.index_top_p < self.attn_top_p < 1:
+                raise ValueError(
+                    f"index_top_p is {self.index_top_p}; it must be at least attn_top_p "
+                    f"({self.attn_top_p}), or None for no index grade"
+                )
+        _one_of("group_rule", self.group_rule, ("mean", "union"))
+        _one_of("tail", self.tail, ("mean", "renormalise"))
+        _one_of("fetch", self.fetch, ("row", "page"))
+        if isinstance(self.selector, str):
+            _one_of("selector", self.selector, ("all", "quest"))
+        elif not callable(getattr(self.selector, "select", None)):
+            raise ValueError(
+                f"selector is {self.selector!r}; allowed: 'all', 'quest', or an object with a "
+                "select(q, view) method (see docs/selectors.md)"
+            )
+        if isinstance(self.selector_budget, float):
+            _share("selector_budget", self.selector_budget)
+        elif self.selector_budget < 1:
+            raise ValueError(
+                f"selector_budget is {self.selector_budget!r}; it must be a share in (0, 1] as a "
+                "float, or a token count >= 1 as an int"
+            )
+
+    def layer(self, index: int) -> SparseConfig:
+        """The config of one layer."""
+        return self.by_layer.get(index, self)
+
+    def replace(self, **changes: Any) -> SparseConfig:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def keeps_every_row(self) -> bool:
+        """Whether every row is exact by rule, so that no sum of floats decides."""
+        return self.attn_top_k is None and self.attn_top_p >= 1
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> SparseConfig:
+        """A preset of the method (docs/method.md), with some fields changed."""
+        _one_of("preset", name, PRESETS)
+        base: dict[str, dict[str, Any]] = {
+            "balanced": {},
+            "lean": {"attn_top_p": 0.95, "index_top_p": None},
+            "paper": {
+                "attn_top_p": 0.95,
+                "index_top_p": None,
+                "group_rule": "union",
+                "tail": "renormalise",
+                "selector": "quest",
+                "selector_budget": 0.25,
+            },
+        }
+        return cls(**{**base[name], **changes})

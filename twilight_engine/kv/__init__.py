@@ -1,0 +1,1 @@
+"""The KV tiers: host pages, device index, windows and hot rows."""

@@ -1,0 +1,1 @@
+"""Torch modules that the models share: norms, rotary embeddings, projections."""

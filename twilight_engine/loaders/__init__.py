@@ -1,0 +1,1 @@
+"""Checkpoints and tokenizers: files in, tensors and a config out."""

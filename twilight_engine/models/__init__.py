@@ -1,0 +1,1 @@
+"""The decoder models, one file a family."""

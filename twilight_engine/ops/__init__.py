@@ -1,0 +1,1 @@
+"""One file an op: checks, then dispatch to CUDA, numba or torch."""

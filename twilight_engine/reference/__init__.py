@@ -1,0 +1,1 @@
+"""One file an op: plain torch, float32 inside; what the tests compare with."""
