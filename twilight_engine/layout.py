@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twilight_engine.config import QUEST_BLOCK
+
 NO_ROW = -1  # a hot-row slot map entry, page id or location that points nowhere
 
 GRADE_TAIL = 0
@@ -51,6 +53,26 @@ class IndexPages:
     @property
     def head_dim(self) -> int:
         return self.k_codes.shape[3] * 2
+
+    @property
+    def candidate_block(self) -> int:
+        """Tokens that one bound of K, so one selector decision, covers."""
+        return self.page_size if self.k_index == "int4_channel" else QUEST_BLOCK
+
+
+def blocks_per_page(block: int, page_size: int) -> int:
+    """Candidate blocks restart at each page; the last one of a page may be shorter."""
+    return -(-page_size // block)
+
+
+def num_blocks(max_len: int, block: int, page_size: int) -> int:
+    """Candidate blocks that max_len tokens need: the last size of a `candidates` tensor."""
+    return -(-max_len // page_size) * blocks_per_page(block, page_size)
+
+
+def block_of(tokens: Tensor, block: int, page_size: int) -> Tensor:
+    """The candidate block of each token position."""
+    return tokens // page_size * blocks_per_page(block, page_size) + tokens % page_size // block
 
 
 @dataclass(frozen=True)
