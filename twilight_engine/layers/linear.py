@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, W [out, in]. Unlike torch's, it does not initialise what a loader overwrites."""
+    """y = x W^T + b, W [out, in]; unlike torch's, not initialised only to be overwritten."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()

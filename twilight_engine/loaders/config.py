@@ -138,6 +138,14 @@ class ModelConfig:
             object.__setattr__(self, "softmax_scale", self.head_dim**-0.5)
 
 
+def bounded_layers(num_layers: Any) -> int:
+    """num_layers, checked before anything is sized by it."""
+    limit = LIMITS["num_layers"]
+    if not isinstance(num_layers, int) or not 1 <= num_layers <= limit:
+        raise CheckpointError(f"the number of layers is {num_layers!r}; it must lie in 1..{limit}")
+    return num_layers
+
+
 Windows = Callable[[Mapping[str, Any], int], tuple[int | None, ...]]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from twilight_engine.loaders.config import Family, ModelConfig, RopeConfig
+from twilight_engine.loaders.config import Family, ModelConfig, RopeConfig, bounded_layers
 from twilight_engine.loaders.errors import CheckpointError
 
 DTYPES = {
@@ -15,6 +15,15 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+ROPE_NUMBERS = (
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
 
 
 def config_from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
@@ -63,13 +72,6 @@ def build_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     )
 
 
-def bounded_layers(num_layers: Any) -> int:
-    """num_layers, checked before anything is sized by it."""
-    if not isinstance(num_layers, int) or not 1 <= num_layers <= 1024:
-        raise CheckpointError(f"num_hidden_layers is {num_layers!r}; it must lie in 1..1024")
-    return num_layers
-
-
 def refuse_unsupported(raw: Mapping[str, Any]) -> None:
     if raw.get("quantization_config"):
         raise NotImplementedError(
@@ -100,7 +102,7 @@ def rope_from_hf(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeCo
         params = by_layer_type[0]
     if float(params.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0)) != 1.0:
         raise NotImplementedError("partial_rotary_factor other than 1 is not supported")
-    rope_type = params.get("rope_type") or params.get("type") or "default"
+    rope_type: Any = params.get("rope_type") or params.get("type") or "default"
     factor = params.get("factor")
     condense = raw.get("rope_condense_ratio")  # LongChat 16K: positions divided by this
     if rope_type == "default" and condense:
@@ -110,9 +112,9 @@ def rope_from_hf(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeCo
         factor = max_position_embeddings / original
     if rope_type in ("linear", "dynamic", "llama3") and factor is None:
         raise CheckpointError(f"rope type {rope_type!r} needs a factor")
-    optional = ("attention_factor", "mscale", "mscale_all_dim")
-    named = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
-    numbers = {k: float(params[k]) for k in optional + named if params.get(k) is not None}
+    numbers: dict[str, Any] = {
+        name: float(params[name]) for name in ROPE_NUMBERS if params.get(name) is not None
+    }
     return RopeConfig(
         theta=float(params.get("rope_theta") or raw.get("rope_theta") or 10000.0),
         rope_type=rope_type,

@@ -179,7 +179,7 @@ class SafetensorsDirectory:
         if tensor.numel():
             with path.open("rb") as file:
                 file.seek(entry.start)
-                got = file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+                got = file.readinto(tensor.view(-1).view(torch.uint8).numpy().data)
             if got != entry.end - entry.start:
                 raise CheckpointError(f"{path}: ended in the middle of tensor {name!r}")
         return tensor

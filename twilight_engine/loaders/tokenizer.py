@@ -92,7 +92,8 @@ class Tokenizer:
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         if add_special_tokens and self.bos_token_id is not None:
             bos = self.bos_token_id
-            if ids[:2] == [bos, bos]:
+            text_bos = self.special_tokens["bos_token"]
+            if ids[:2] == [bos, bos] and not text.startswith(2 * text_bos):
                 return ids[1:]
             if self.add_bos and ids[:1] != [bos]:
                 return [bos, *ids]

@@ -1,4 +1,4 @@
-"""The decoder models, one file a family. `load_model` is the way in; decoder.py tells how to run."""
+"""The decoder models, one file a family. load_model is the way in; decoder.py says how to run."""
 
 from twilight_engine.layers.attention import Attend
 from twilight_engine.layers.rope import Rotary

@@ -12,13 +12,16 @@ import torch
 
 from twilight_engine.loaders.config import ModelConfig
 from twilight_engine.loaders.generation import read_generation_config
+from twilight_engine.loaders.gguf_file import GGUFFile, config_from_gguf
+from twilight_engine.loaders.gguf_header import read_gguf_header
+from twilight_engine.loaders.gguf_tokenizer import tokenizer_from_gguf
 from twilight_engine.loaders.hf_config import config_from_hf
 from twilight_engine.loaders.json_file import read_json
 from twilight_engine.loaders.safetensors_dir import SafetensorsDirectory
 from twilight_engine.loaders.tensors import TensorSource
 from twilight_engine.loaders.tokenizer import Tokenizer
 from twilight_engine.models.decoder import DecoderModel
-from twilight_engine.models.registry import family_of
+from twilight_engine.models.registry import family_of, gguf_family_of
 from twilight_engine.models.weights import load_weights, randomise_weights
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
@@ -111,6 +114,8 @@ def open_checkpoint(model: str | Path | ModelConfig, load_format: LoadFormat) ->
         )
     if path.is_dir() and load_format != "gguf":
         return open_directory(path)
+    if path.suffix == ".gguf" or load_format == "gguf":
+        return open_gguf(path)
     if path.suffix == ".json":
         raw = read_json(path)
         return Checkpoint(config_from_hf(raw, family_of(raw)), str(path))
@@ -135,6 +140,21 @@ def open_directory(path: Path) -> Checkpoint:
     )
 
 
+def open_gguf(path: Path) -> Checkpoint:
+    if not path.is_file():
+        raise ValueError(f"model is {str(path)!r}; load_format 'gguf' needs a .gguf file")
+    header = read_gguf_header(path)
+    family = gguf_family_of(str(header.metadata.get("general.architecture")))
+    config = config_from_gguf(path, header, family)
+    has_tokenizer = "tokenizer.ggml.model" in header.metadata
+    return Checkpoint(
+        config,
+        str(path),
+        open_weights=lambda: GGUFFile(path, header, config, family),
+        open_tokenizer=(lambda: tokenizer_from_gguf(path, header)) if has_tokenizer else None,
+    )
+
+
 def united(first: Iterable[int], second: Iterable[int]) -> tuple[int, ...]:
     """The ids of both, each once, in order."""
     return tuple(dict.fromkeys([*first, *second]))
@@ -146,6 +166,6 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device, config: ModelConf
             return torch.float32
         return torch.bfloat16 if config.dtype == torch.float32 else config.dtype
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in DTYPES.values():
+    if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}; allowed: 'auto', {', '.join(map(repr, DTYPES))}")
     return chosen
