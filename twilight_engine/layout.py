@@ -162,6 +162,27 @@ class HotRows:
     first_row: int
 
 
+@dataclass(frozen=True)
+class FetchLists:
+    """Rows to bring from the host into hot slots, in segments a (sequence, KV head).
+
+    Entry i of segment (b, h) copies host row src (page * S + offset, of head h) to row dst of the
+    layer's pool; an entry with src or dst NO_ROW is skipped.
+    """
+
+    src: Tensor  # [B, Hkv, C] int32, the first counts[b, h] of a segment are valid
+    dst: Tensor  # [B, Hkv, C] int32
+    counts: Tensor  # [B, Hkv] int32
+
+    @classmethod
+    def empty(cls, b: int, hkv: int, capacity: int, device: torch.device) -> FetchLists:
+        return cls(
+            torch.empty(b, hkv, capacity, dtype=torch.int32, device=device),
+            torch.empty(b, hkv, capacity, dtype=torch.int32, device=device),
+            torch.zeros(b, hkv, dtype=torch.int32, device=device),
+        )
+
+
 # Columns of a layer's row of the byte and row counters, [num_layers, NUM_COUNTERS] int64, device.
 COUNTER_FETCHED_BYTES = 0  # host -> device, by gather_rows
 COUNTER_DIRECT_BYTES = 1  # host -> device, read by attention itself
