@@ -13,13 +13,13 @@ class StreamDecoder:
 
     The concatenation of everything emitted is the decoded text. Tokens already emitted are kept as
     context until the next piece is out, because a token's text may depend on the one before it
-    (SentencePiece drops the space before the first).
+    (SentencePiece drops the space before the first); `context` are tokens that come before them.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int] = ()) -> None:
         self.decode = decode
-        self.ids: list[int] = []  # context, then what is pending
-        self.pending = 0  # index into ids of the first token whose text is not out
+        self.ids = list(context)  # context, then what is pending
+        self.pending = len(self.ids)  # index into ids of the first token whose text is not out
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now certain, perhaps none."""

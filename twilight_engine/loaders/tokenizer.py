@@ -104,9 +104,11 @@ class Tokenizer:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder for tokens that come one by one."""
-        return StreamDecoder(lambda ids: self.decode(ids, skip_special_tokens))
+    def stream_decoder(
+        self, skip_special_tokens: bool = True, context: Sequence[int] = ()
+    ) -> StreamDecoder:
+        """A decoder for tokens that come one by one, after those of `context`."""
+        return StreamDecoder(lambda ids: self.decode(ids, skip_special_tokens), context)
 
     def apply_chat_template(
         self,

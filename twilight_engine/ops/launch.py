@@ -11,6 +11,13 @@ SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
 ROW_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # RowDtype in csrc/common.cuh
 
 
+def has_kernels() -> bool:
+    """Whether the compiled module has CUDA kernels."""
+    from twilight_engine import _C
+
+    return _C.has_cuda
+
+
 def kernels() -> ModuleType:
     """The compiled module, or RuntimeError where it was built without CUDA kernels."""
     from twilight_engine import _C

@@ -1,0 +1,103 @@
+"""What LLM's arguments come to: a device, a cache config, a context length, a tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import torch
+
+from twilight_engine.config import KVConfig
+from twilight_engine.loaders.config import ModelConfig
+from twilight_engine.loaders.tokenizer import Tokenizer
+from twilight_engine.ops.launch import has_kernels
+
+GIB = 1 << 30
+
+
+def check_at_least_one(**values: int | None) -> None:
+    """ValueError for the first that is no whole number >= 1; None passes."""
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}; it must be a whole number >= 1")
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device to compute on; "auto" is the GPU if there is one that our kernels can use.
+
+    Raises: ValueError for a device that is not there, RuntimeError for a GPU without kernels.
+    """
+    if device != "auto":
+        chosen = torch.device(device)
+        if chosen.type not in ("cpu", "cuda"):
+            raise ValueError(f"device is {device!r}; allowed: 'auto', 'cpu', 'cuda', 'cuda:N'")
+        if chosen.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {device!r}, but torch finds no CUDA device here")
+        if chosen.type == "cuda" and not has_kernels():
+            raise RuntimeError(
+                f"device is {device!r}, but twilight_engine was built without CUDA kernels "
+                "(nvcc was not found at build time); build it again with nvcc, or use 'cpu'"
+            )
+        if chosen.type == "cuda" and chosen.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        return chosen
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not has_kernels():
+        warnings.warn(
+            "there is a GPU, but twilight_engine was built without CUDA kernels; using the CPU",
+            stacklevel=3,
+        )
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def make_kv_config(
+    kv_config: KVConfig | None,
+    preset: str,
+    kv_offloading_size: float | None,
+    hot_bytes: int | None,
+) -> KVConfig:
+    """The cache config, with budgets that were given apart from it."""
+    config = kv_config or KVConfig.preset(preset)
+    if kv_offloading_size is not None:
+        if config.host_bytes is not None:
+            raise ValueError(
+                f"kv_offloading_size is {kv_offloading_size} GiB and host_bytes "
+                f"{config.host_bytes}; give one of them"
+            )
+        if kv_offloading_size <= 0:
+            raise ValueError(f"kv_offloading_size is {kv_offloading_size}; it must be > 0 GiB")
+        config = dataclasses.replace(config, host_bytes=int(kv_offloading_size * GIB))
+    if hot_bytes is not None:
+        if config.hot_bytes is not None:
+            raise ValueError(
+                f"hot_bytes is {hot_bytes} and kv_config's {config.hot_bytes}; give one of them"
+            )
+        config = dataclasses.replace(config, hot_bytes=hot_bytes)
+    return config
+
+
+def context_length(max_model_len: int | None, config: ModelConfig) -> int:
+    """The most tokens of a sequence; warns beyond what the model was made for."""
+    if max_model_len is None:
+        return config.max_position_embeddings
+    if max_model_len > config.max_position_embeddings:
+        warnings.warn(
+            f"max_model_len is {max_model_len}; the model was made for "
+            f"{config.max_position_embeddings} positions and may fail beyond them",
+            stacklevel=3,
+        )
+    return max_model_len
+
+
+def pick_tokenizer(
+    tokenizer: Tokenizer | str | Path | None, of_model: Tokenizer | None
+) -> Tokenizer | None:
+    """The tokenizer that was asked for, else the model's."""
+    if tokenizer is None:
+        return of_model
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    return Tokenizer.from_directory(Path(tokenizer).expanduser())

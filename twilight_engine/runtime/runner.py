@@ -1,0 +1,95 @@
+"""Runs the model: a prompt layer by layer, then a token a step for a static batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from twilight_engine.attention.decode import DecodeAttention
+from twilight_engine.attention.prefill import PrefillAttention
+from twilight_engine.config import SparseConfig
+from twilight_engine.kv.cache import KVCache, SequenceKV
+from twilight_engine.models.decoder import DecoderModel
+
+
+class Runner:
+    """Prefill and decode steps of a model over a KV cache; knows no requests and no sampling.
+
+    Args:
+        prefill_chunk_size: tokens a chunk; rounded up to whole pages.
+    """
+
+    def __init__(self, model: DecoderModel, cache: KVCache, *, prefill_chunk_size: int) -> None:
+        self.model, self.cache = model, cache
+        size = cache.config.page_size
+        self.chunk_size = -(-prefill_chunk_size // size) * size
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        sequence: SequenceKV,
+        token_ids: Sequence[int],
+        on_tokens: Callable[[float], None] = lambda tokens: None,
+    ) -> Tensor:
+        """Run a prompt and store its KV -> logits [1, V] float32 after its last token.
+
+        Layer-major: every chunk of a layer runs before the next layer, so the device holds the
+        K and V of one layer, and the hidden states of the whole prompt.
+
+        Args:
+            sequence: open, empty, with pages for the prompt.
+            on_tokens: called with the prompt tokens done since the last call; a chunk counts for
+                its share of the layers.
+        """
+        num_tokens, device = len(token_ids), self.cache.device
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
+        attend = PrefillAttention(
+            self.cache, sequence, num_tokens=num_tokens, chunk_size=self.chunk_size
+        )
+        rotary = self.model.rotary(torch.arange(num_tokens, device=device), num_tokens)
+        x = self.model.embed(ids)
+        for layer in range(self.model.config.num_layers):
+            attend.begin_layer(layer)
+            for start in range(0, num_tokens, self.chunk_size):
+                end = min(start + self.chunk_size, num_tokens)
+                attend.begin_chunk(start, end - start)
+                part = rotary.slice(start, end)
+                x[start:end] = self.model.run_layer(layer, x[start:end], part, attend)
+                on_tokens((end - start) / self.model.config.num_layers)
+        attend.finish()
+        return self.model.logits(x[-1:])
+
+    def start_decode(
+        self,
+        sequences: Sequence[SequenceKV],
+        sparse: Sequence[SparseConfig],
+        prompt_lens: Sequence[int],
+    ) -> DecodeBatch:
+        """Prepare steps for prefilled sequences; build a new one when the batch changes."""
+        attend = DecodeAttention(self.cache, list(sequences), list(sparse))
+        lengths = torch.tensor(prompt_lens, dtype=torch.int64, device=self.cache.device)
+        return DecodeBatch(self.model, attend, lengths)
+
+
+class DecodeBatch:
+    """Decode steps of a fixed set of sequences."""
+
+    def __init__(self, model: DecoderModel, attend: DecodeAttention, prompt_lens: Tensor) -> None:
+        self._model, self._attend, self._prompt_lens = model, attend, prompt_lens
+
+    @torch.inference_mode()
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Append a token to each sequence -> logits [B, V] float32 of the tokens that follow.
+
+        Args:
+            token_ids: [B] int64, device.
+        Raises: OutOfPages if a sequence cannot grow.
+        """
+        self._attend.begin_step()
+        positions = self._attend.positions
+        logits = self._model(token_ids, positions, self._attend, self._prompt_lens)
+        self._attend.end_step()
+        assert isinstance(logits, Tensor)
+        return logits
