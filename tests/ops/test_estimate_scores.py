@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.compare import compare
+from tests.ops.graded_case import GradedCase, make_case, make_meta
+from twilight_engine.layout import StepMeta
+from twilight_engine.ops.estimate_scores import estimate_scores
+from twilight_engine.reference.estimate_scores import estimate_scores as reference
+
+SENTINEL = 12345.0
+
+
+def visible(meta: StepMeta, capacity: int) -> Tensor:
+    t = torch.arange(capacity, device=meta.positions.device)
+    return (t >= meta.ctx_starts[:, None]) & (t <= meta.positions[:, None])
+
+
+def check(
+    case: GradedCase, *, candidates: Tensor | None = None, left_out: str = "midpoint"
+) -> None:
+    """Equal to the reference where a row sees, untouched where it does not."""
+    n, hq, _ = case.q.shape
+    capacity = case.meta.max_len + 5
+    scores = torch.full((n, hq, capacity), SENTINEL, device=case.q.device)
+    expected = scores.clone()
+    arguments = {
+        "softmax_scale": case.softmax_scale,
+        "candidates": candidates,
+        "left_out": left_out,
+    }
+    scores, lse = estimate_scores(
+        case.q, case.index, case.windows, case.meta, scores=scores, **arguments
+    )
+    expected, expected_lse = reference(
+        case.q, case.index, case.windows, case.meta, scores=expected, **arguments
+    )
+    compare(scores, expected, step_dtype=torch.float32)
+    compare(lse, expected_lse, step_dtype=torch.float32)
+    hidden = ~visible(case.meta, capacity)[:, None].expand(-1, hq, -1)
+    assert (scores[hidden] == SENTINEL).all()
+
+
+@pytest.mark.parametrize("k_index", ["int4_channel", "int4_token"])
+@pytest.mark.parametrize("page_size", [16, 61, 64])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_matches_reference(
+    device: torch.device, head_dim: int, page_size: int, k_index: str
+) -> None:
+    meta = make_meta(device, [500, 33, 301], page_size=page_size)
+    check(make_case(meta, group=3, head_dim=head_dim, k_index=k_index))
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 6, 7, 8, 12])
+@pytest.mark.parametrize("k_index", ["int4_channel", "int4_token"])
+def test_group_sizes(device: torch.device, group: int, k_index: str) -> None:
+    meta = make_meta(device, [401], page_size=64)
+    check(make_case(meta, group=group, num_kv_heads=3, k_index=k_index))
+
+
+@pytest.mark.parametrize("left_out", ["midpoint", "drop"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("page_size", [16, 61, 64])
+@pytest.mark.parametrize("k_index", ["int4_channel", "int4_token"])
+def test_candidates(
+    device: torch.device, k_index: str, page_size: int, share: float, left_out: str
+) -> None:
+    meta = make_meta(device, [700, 129], page_size=page_size)
+    case = make_case(meta, group=6, k_index=k_index)
+    check(case, candidates=case.candidates(share), left_out=left_out)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 17])
+@pytest.mark.parametrize("sliding", [None, 70])
+def test_batches_and_sliding_windows(device: torch.device, batch: int, sliding: int | None) -> None:
+    lengths = [1 + 53 * i % 600 for i in range(batch)]
+    meta = make_meta(device, lengths, page_size=16, sliding=sliding)
+    check(make_case(meta))
+
+
+def test_several_query_rows_a_sequence(device: torch.device) -> None:
+    meta = make_meta(device, [300, 90], q_lens=[5, 3], page_size=16, num_recent=24)
+    case = make_case(meta, group=4)
+    check(case)
+    check(case, candidates=case.candidates(0.5), left_out="drop")
+
+
+@pytest.mark.parametrize("num_sink", [0, 40])
+def test_empty_list_region(device: torch.device, num_sink: int) -> None:
+    check(make_case(make_meta(device, [1, 16, 40], page_size=16, num_sink=num_sink, num_recent=64)))
+
+
+def test_row_that_sees_nothing(device: torch.device) -> None:
+    meta = make_meta(device, [200, 100], page_size=16)
+    meta.positions[1] = -1  # a padding row of a batch bucket
+    case = make_case(meta)
+    check(case)
+    _, lse = estimate_scores(case.q, case.index, case.windows, meta, softmax_scale=1.0)
+    assert torch.isneginf(lse[1]).all() and torch.isfinite(lse[0]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rows(dtype: torch.dtype) -> None:
+    meta = make_meta(torch.device("cuda"), [700, 33], page_size=64)
+    for group in (1, 4, 7):
+        check(make_case(meta, group=group, head_dim=128, dtype=dtype))
+
+
+@pytest.mark.gpu
+def test_large_keys_lose_no_precision() -> None:
+    """q * scale beyond float16's range: errors stay small beside the largest |q . k|."""
+    case = make_case(make_meta(torch.device("cuda"), [700], page_size=64), sharpness=200.0)
+    case.index.k_scale.mul_(1000.0)
+    scores, _ = estimate_scores(case.q, case.index, case.windows, case.meta, softmax_scale=1.0)
+    expected, _ = reference(case.q, case.index, case.windows, case.meta, softmax_scale=1.0)
+    seen = visible(case.meta, case.meta.max_len)[:, None].expand_as(scores)
+    error = (scores - expected)[seen].abs().max()
+    assert error < 1e-4 * expected[seen].abs().max()
+
+
+def test_bad_arguments(device: torch.device) -> None:
+    case = make_case(make_meta(device, [100]))
+    arguments = (case.q, case.index, case.windows, case.meta)
+    with pytest.raises(ValueError, match="left_out is 'zero'; allowed: 'midpoint', 'drop'"):
+        estimate_scores(*arguments, softmax_scale=1.0, left_out="zero")
+    with pytest.raises(ValueError, match="scores holds 8 tokens; max_len is 103"):
+        scores = torch.empty(1, 4, 8, device=device)
+        estimate_scores(*arguments, softmax_scale=1.0, scores=scores)
+    with pytest.raises(ValueError, match="candidates holds 1 blocks; it needs 7"):
+        off = torch.zeros(1, 2, 1, dtype=torch.uint8, device=device)
+        estimate_scores(*arguments, softmax_scale=1.0, candidates=off)
+    with pytest.raises(NotImplementedError, match=r"q has dtype torch\.float64; supported"):
+        estimate_scores(case.q.double(), *arguments[1:], softmax_scale=1.0)

@@ -1,0 +1,88 @@
+"""Estimate a query's attention scores from the device index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twilight_engine.layout import IndexPages, StepMeta, Windows, num_blocks
+from twilight_engine.ops import launch
+from twilight_engine.ops.cpu import estimate_scores as cpu
+
+LEFT_OUT = ("midpoint", "drop")
+
+
+def estimate_scores(
+    q: Tensor,
+    index: IndexPages,
+    windows: Windows,
+    meta: StepMeta,
+    *,
+    softmax_scale: float,
+    candidates: Tensor | None = None,
+    left_out: str = "midpoint",
+    scores: Tensor | None = None,
+    lse: Tensor | None = None,
+    partials: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits of every visible token: from INT4 codes, or exact for resident tokens.
+
+    scores[n, h, t] = softmax_scale * q[n, h] . k[t], where k is the full-precision row of a
+    resident token, min + scale * code of a list token, and the middle of its block's bounds (or
+    the score -inf, with left_out "drop") for a list token outside the candidates.
+    lse[n, h] = log of the sum of exp(scores[n, h, t]) over visible t; -inf if there is none.
+
+    Args:
+        q: [N, Hq, D] float32, float16 or bfloat16, contiguous.
+        index: the layer's index pages; list tokens lie in pages that are indexed.
+        windows: the layer's resident rows, of q's dtype.
+        candidates: [N, Hkv, NB] uint8 by block of index.candidate_block tokens (layout.block_of);
+            None: every token.
+        left_out: "midpoint" or "drop".
+        scores: [N, Hq, C] float32 with C >= meta.max_len; tokens a row cannot see stay as they are.
+        lse: [N, Hq] float32.
+        partials: [N, Hq, partial_chunks(meta, windows), 2] float32 workspace (CUDA only).
+    Returns: scores, lse.
+    Raises: ValueError for shapes, dtypes or a left_out other than these; NotImplementedError for a
+        head_dim or dtype without a kernel.
+    Source: the SpGEMV of Twilight (arXiv 2502.02770), with the scales folded into q once a page.
+    """
+    num_rows, num_q_heads, head_dim = q.shape
+    num_kv_heads = windows.num_kv_heads
+    if num_q_heads % num_kv_heads:
+        raise ValueError(f"q has {num_q_heads} heads; it must be a multiple of {num_kv_heads}")
+    if left_out not in LEFT_OUT:
+        raise ValueError(f"left_out is {left_out!r}; allowed: {', '.join(map(repr, LEFT_OUT))}")
+    launch.row_dtype("q", q)
+    launch.check_dtype("windows.rows", windows.rows, q.dtype)
+    launch.check_shape("windows.rows", windows.rows, (None, 2 * head_dim))
+    launch.check_shape(
+        "index.k_codes", index.k_codes, (None, num_kv_heads, meta.page_size, head_dim // 2)
+    )
+    launch.check_shape("meta.positions", meta.positions, (num_rows,))
+    if index.k_index == "int4_token" and candidates is not None and index.k_bounds is None:
+        raise ValueError("index.k_bounds is None; candidates over an int4_token index need it")
+    if candidates is not None:
+        blocks = num_blocks(meta.max_len, index.candidate_block, meta.page_size)
+        launch.check_shape("candidates", candidates, (num_rows, num_kv_heads, None))
+        if candidates.shape[2] < blocks:
+            raise ValueError(f"candidates holds {candidates.shape[2]} blocks; it needs {blocks}")
+        launch.check_dtype("candidates", candidates, torch.uint8)
+    if scores is None:
+        scores = torch.empty(num_rows, num_q_heads, meta.max_len, device=q.device)
+    if lse is None:
+        lse = torch.empty(num_rows, num_q_heads, device=q.device)
+    launch.check_shape("scores", scores, (num_rows, num_q_heads, None))
+    launch.check_dtype("scores", scores, torch.float32)
+    launch.check_shape("lse", lse, (num_rows, num_q_heads))
+    if scores.shape[2] < meta.max_len:
+        raise ValueError(f"scores holds {scores.shape[2]} tokens; max_len is {meta.max_len}")
+    if q.is_cuda:
+        raise NotImplementedError("estimate_scores on CUDA")
+    if q.dtype != torch.float32:
+        raise NotImplementedError(f"q has dtype {q.dtype}; supported on a CPU: torch.float32")
+    cpu.estimate_scores(
+        q, index, windows, meta, softmax_scale=softmax_scale, candidates=candidates,
+        left_out=left_out, scores=scores, lse=lse,
+    )  # fmt: skip
+    return scores, lse
