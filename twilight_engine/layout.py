@@ -167,18 +167,20 @@ class FetchLists:
     """Rows to bring from the host into hot slots, in segments a (sequence, KV head).
 
     Entry i of segment (b, h) copies host row src (page * S + offset, of head h) to row dst of the
-    layer's pool; an entry with src or dst NO_ROW is skipped.
+    layer's pool; an entry with src or dst NO_ROW is skipped. resolve_rows fills all four tensors.
     """
 
     src: Tensor  # [B, Hkv, C] int32, the first counts[b, h] of a segment are valid
     dst: Tensor  # [B, Hkv, C] int32
     counts: Tensor  # [B, Hkv] int32
+    direct: Tensor  # [B, Hkv] int32: list entries that found no slot (attention reads them itself)
 
     @classmethod
     def empty(cls, b: int, hkv: int, capacity: int, device: torch.device) -> FetchLists:
         return cls(
             torch.empty(b, hkv, capacity, dtype=torch.int32, device=device),
             torch.empty(b, hkv, capacity, dtype=torch.int32, device=device),
+            torch.zeros(b, hkv, dtype=torch.int32, device=device),
             torch.zeros(b, hkv, dtype=torch.int32, device=device),
         )
 
