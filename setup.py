@@ -30,6 +30,21 @@ def find_nvcc() -> Path | None:
     return Path(found).resolve() if found else None
 
 
+def find_cuda_home(nvcc: Path) -> Path:
+    """The toolkit that holds the runtime: nvcc may be a link or a wrapper outside of it."""
+    candidates = [nvcc.parent.parent, Path("/usr/local/cuda")]
+    if "CUDA_HOME" in os.environ:
+        candidates.insert(0, Path(os.environ["CUDA_HOME"]))
+    for home in candidates:
+        if (home / "include" / "cuda_runtime.h").exists():
+            return home
+    tried = ", ".join(map(str, candidates))
+    raise SystemExit(
+        f"{nvcc} was found, but no include/cuda_runtime.h under {tried}; set CUDA_HOME to the "
+        "toolkit, or TWILIGHT_NVCC= (empty) to build without kernels"
+    )
+
+
 def sources(folder: str, pattern: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / folder).glob(pattern))
 
@@ -47,7 +62,7 @@ class BuildWithNvcc(build_ext):
         if nvcc is None:
             self.announce("nvcc not found: building twilight_engine._C without CUDA kernels", 3)
         else:
-            cuda_home = nvcc.parent.parent
+            cuda_home = find_cuda_home(nvcc)
             ext.define_macros.append(("TWILIGHT_CUDA", "1"))
             ext.include_dirs.append(str(cuda_home / "include"))
             lib_dirs = [cuda_home / d for d in ("lib64", "lib") if (cuda_home / d).is_dir()]
