@@ -54,9 +54,18 @@ class RopeConfig:
             raise NotImplementedError(
                 f"rope type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
             )
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_slow"):
+        for name in (
+            "theta",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "beta_fast",
+            "beta_slow",
+        ):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise CheckpointError(f"rope {name} is {getattr(self, name)}; it must be > 0")
+        if self.theta <= 1:
+            raise CheckpointError(f"rope theta is {self.theta}; it must be > 1")
         needs_original = self.rope_type in ("llama3", "yarn")
         if needs_original and not (self.original_max_position_embeddings or 0) > 0:
             raise CheckpointError(
@@ -115,8 +124,8 @@ class ModelConfig:
                 f"num_q_heads ({self.num_q_heads}) must be a multiple of num_kv_heads "
                 f"({self.num_kv_heads})"
             )
-        if self.head_dim % 2:
-            raise CheckpointError(f"head_dim is {self.head_dim}; rotary embeddings need it even")
+        if self.head_dim % 2 or self.head_dim < 4:
+            raise CheckpointError(f"head_dim is {self.head_dim}; it must be even and at least 4")
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
             raise CheckpointError(f"rms_norm_eps is {self.rms_norm_eps}; it must be > 0")
         if not self.sliding_windows:

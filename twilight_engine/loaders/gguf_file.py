@@ -94,9 +94,13 @@ def config_from_gguf(path: Path, header: GGUFHeader, family: Family) -> ModelCon
     """
     try:
         return build_config(path, header, family)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{path}: {error}") from error
     except KeyError as error:
         raise CheckpointError(f"{path}: {error} is missing from the metadata") from error
-    except (TypeError, OverflowError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: bad metadata: {error}") from error
 
 
@@ -108,7 +112,7 @@ def build_config(path: Path, header: GGUFHeader, family: Family) -> ModelConfig:
         value = metadata.get(f"{arch}.{key}", default)
         if isinstance(value, np.ndarray):  # some writers give one value a layer
             if len(value) == 0 or (value != value[0]).any():
-                raise NotImplementedError(f"{path}: {key} that differs by layer is not supported")
+                raise NotImplementedError(f"{key} that differs by layer is not supported")
             return value[0].item()
         return value
 
@@ -122,9 +126,9 @@ def build_config(path: Path, header: GGUFHeader, family: Family) -> ModelConfig:
     head_dim = get("attention.key_length") or hidden // heads
     for key in ("attention.value_length", "rope.dimension_count"):
         if get(key, head_dim) != head_dim:
-            raise NotImplementedError(f"{path}: {key} {get(key)} other than head_dim {head_dim}")
+            raise NotImplementedError(f"{key} {get(key)} other than head_dim {head_dim}")
     if "token_embd.weight" not in tensors:
-        raise CheckpointError(f"{path}: token_embd.weight is missing")
+        raise CheckpointError("token_embd.weight is missing")
     num_layers = bounded_layers(need("block_count"))
     window = get("attention.sliding_window") if family.gguf_permuted else None
     return ModelConfig(
@@ -164,10 +168,12 @@ def rope_from_gguf(path: Path, header: GGUFHeader, arch: str) -> RopeConfig:
     divisors = None
     if factors is not None:
         if len(factors.shape) != 1 or factors.shape[0] > 4096:
-            raise CheckpointError(f"{path}: {ROPE_FREQS} has shape {list(factors.shape)}")
+            raise CheckpointError(f"{ROPE_FREQS} has shape {list(factors.shape)}")
         divisors = tuple(read_data(path, ROPE_FREQS, factors).tolist())
     scaling = f"{arch}.rope.scaling"
     kind = metadata.get(f"{scaling}.type", "none")
+    if metadata.get(f"{scaling}.attn_factor", 1.0) != 1.0:
+        raise NotImplementedError(f"{scaling}.attn_factor other than 1 is not supported")
     return RopeConfig(
         theta=float(metadata.get(f"{arch}.rope.freq_base", 10000.0)),
         rope_type="default" if kind == "none" else kind,

@@ -35,7 +35,9 @@ def config_from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     refuse_unsupported(raw)
     try:
         return build_config(raw, family)
-    except (TypeError, KeyError, OverflowError, ZeroDivisionError) as error:
+    except CheckpointError:
+        raise
+    except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
         detail = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"config.json: {detail}") from error
 
@@ -66,7 +68,7 @@ def build_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
         mlp_bias=bool(get("mlp_bias")),
         qk_norm=family.qk_norm,
         tie_word_embeddings=bool(get("tie_word_embeddings")),
-        bos_token_id=token_ids(raw.get("bos_token_id"))[0] if raw.get("bos_token_id") else None,
+        bos_token_id=next(iter(token_ids(raw.get("bos_token_id"))), None),
         eos_token_ids=token_ids(raw.get("eos_token_id")),
         dtype=DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")), torch.bfloat16),
     )

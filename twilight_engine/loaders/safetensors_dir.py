@@ -142,9 +142,6 @@ class SafetensorsDirectory:
             if expected is not None and set(header) != expected:
                 odd = sorted(set(header) ^ expected)
                 raise CheckpointError(f"{path} and the index disagree on {odd[:8]}")
-            twice = sorted(set(header) & set(entries))
-            if twice:
-                raise CheckpointError(f"{path}: {twice[:8]} are in another shard too")
             entries |= header
             self.shards |= dict.fromkeys(header, path)
         self.entries = self.tensors = entries
