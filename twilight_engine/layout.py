@@ -144,6 +144,16 @@ class RowLists:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """Which grade each list token of each (query row, KV head) gets."""
+
+    exact: RowLists  # list tokens to read at full precision
+    index: RowLists  # list tokens to read from the INT4 index; capacity may be 0
+    grades: Tensor  # [N, Hkv, C] uint8 over visible tokens; residents are GRADE_EXACT
+    mass: Tensor  # [N, Hkv] float32: estimated group-mean mass of the exact grade
+
+
+@dataclass(frozen=True)
 class HotRows:
     """One layer's slot cache of earlier exact rows: state that lives and changes on the device.
 

@@ -1,0 +1,97 @@
+"""Pruning in plain torch: one sort a row, float64 sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twilight_engine.layout import (
+    GRADE_DROPPED,
+    GRADE_EXACT,
+    GRADE_INDEX,
+    GRADE_TAIL,
+    Pruned,
+    RowLists,
+    StepMeta,
+    block_of,
+)
+
+
+def threshold_set(w: Tensor, resident: Tensor, candidate: Tensor, p: float) -> Tensor:
+    """The smallest {w >= tau} over candidates that lifts the resident mass to p; ties kept."""
+    if p >= 1:
+        return candidate
+    needed = p - w[resident].double().sum()
+    if needed <= 0:
+        return torch.zeros_like(candidate)
+    ordered = w[candidate].sort(descending=True).values
+    reached = (ordered.double().cumsum(0) >= needed).nonzero()
+    return candidate & (w >= ordered[reached[0]]) if len(reached) else candidate
+
+
+def largest_set(w: Tensor, resident: Tensor, candidate: Tensor, k: int) -> Tensor:
+    """Exactly max(0, k - residents) candidates, the largest; of equal ones those in front."""
+    order = torch.where(candidate, w, -1.0).sort(descending=True, stable=True).indices
+    count = min(max(0, k - int(resident.sum())), int(candidate.sum()))
+    chosen = torch.zeros_like(candidate)
+    chosen[order[:count]] = True
+    return chosen
+
+
+def prune(
+    scores: Tensor,
+    lse: Tensor,
+    meta: StepMeta,
+    *,
+    top_p: Tensor,
+    index_top_p: Tensor | None = None,
+    top_k: Tensor | None = None,
+    group_rule: str = "mean",
+    num_kv_heads: int,
+    fetch_block: int = 1,
+    candidates: Tensor | None = None,
+    block: int | None = None,
+) -> Pruned:
+    """See ops.prune; row by row."""
+    n_rows, num_q_heads, capacity = scores.shape
+    group, device = num_q_heads // num_kv_heads, scores.device
+    exact = RowLists.empty(n_rows, num_kv_heads, capacity, device)
+    index = RowLists.empty(n_rows, num_kv_heads, capacity, device)
+    grades = torch.empty(n_rows, num_kv_heads, capacity, dtype=torch.uint8, device=device)
+    mass = torch.zeros(n_rows, num_kv_heads, device=device)
+    for n in range(n_rows):
+        b = int(meta.query_seq[n])
+        t = torch.arange(int(meta.ctx_starts[n]), int(meta.positions[n]) + 1, device=device)
+        if len(t) == 0:
+            continue
+        resident = (t < meta.num_sink) | (t >= meta.window_starts[b])
+        k = 0 if top_k is None else int(top_k[b])
+        for h in range(num_kv_heads):
+            s = scores[n, h * group : (h + 1) * group, t]
+            weights = torch.exp(s - lse[n, h * group : (h + 1) * group, None])  # [G, visible]
+            candidate = ~resident
+            if candidates is not None:
+                kept = candidates[n, h, block_of(t, block or meta.page_size, meta.page_size)]
+                candidate = candidate & (kept != 0)
+            is_exact, is_index = torch.zeros_like(resident), torch.zeros_like(resident)
+            for w in weights.mean(0, keepdim=True) if group_rule == "mean" else weights:
+                if k > 0:
+                    is_exact |= largest_set(w, resident, candidate, k)
+                else:
+                    is_exact |= threshold_set(w, resident, candidate, float(top_p[b]))
+                if index_top_p is not None:
+                    is_index |= threshold_set(w, resident, candidate, float(index_top_p[b]))
+            if fetch_block > 1:
+                pages = t // meta.page_size
+                is_exact = torch.isin(pages, pages[is_exact]) & ~resident
+            is_index &= ~is_exact
+            grade = torch.full_like(t, GRADE_TAIL, dtype=torch.uint8)
+            grade[~candidate & torch.isneginf(s[0])] = GRADE_DROPPED
+            grade[is_index] = GRADE_INDEX
+            grade[is_exact | resident] = GRADE_EXACT
+            grades[n, h, t] = grade
+            mass[n, h] = weights.mean(0)[is_exact | resident].sum()
+            for lists, chosen in ((exact, is_exact), (index, is_index)):
+                lists.tokens[n, h, : int(chosen.sum())] = t[chosen].int()
+                lists.counts[n, h] = chosen.sum()
+    return Pruned(exact, index, grades, mass)
