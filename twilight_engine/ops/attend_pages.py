@@ -1,0 +1,60 @@
+"""Attend densely to every visible token of a paged KV."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twilight_engine.layout import StepMeta
+from twilight_engine.ops import attend_workspace as ws
+from twilight_engine.ops import launch
+from twilight_engine.ops.cpu import attend_pages as cpu
+
+
+def attend_pages(
+    q: Tensor,
+    pages: Tensor,
+    page_table: Tensor,
+    meta: StepMeta,
+    *,
+    softmax_scale: float,
+    counters: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend from every query row to all the tokens it sees.
+
+    out[n, hq] = softmax(softmax_scale * q[n, hq] . K[ctx_starts[n] .. positions[n]]) V
+
+    Args:
+        q: [N, Hq, D] of the pages' dtype.
+        pages: [Hkv, P, S, 2 * D] rows of K then V; on q's device, or pinned host memory that the
+            kernel reads in place.
+        page_table: [B, P_max] int32 page ids of each sequence.
+        softmax_scale: multiplies the logits.
+        counters: [NUM_COUNTERS] int64; COUNTER_STREAMED_BYTES grows by the bytes read. For pages
+            in host memory.
+        out, lse: [N, Hq, D] and [N, Hq] float32 to fill; allocated if None.
+        workspace: float32, attend_workspace_floats(...) elements, CUDA only; allocated if None.
+    Returns: out [N, Hq, D] float32; lse [N, Hq] float32, natural log; (0, -inf) for a row that
+        sees nothing.
+    Raises: ValueError for shapes or dtypes other than these; NotImplementedError for an
+        unsupported dtype or head_dim.
+    Source: split-KV decoding (Flash-Decoding); see csrc/attend_pages.cu.
+    """
+    n, hq, head_dim = ws.check_queries(q, meta)
+    hkv = ws.check_heads(hq, pages.shape[0], "pages")
+    launch.check_shape("pages", pages, (hkv, None, meta.page_size, 2 * head_dim))
+    launch.check_dtype("pages", pages, q.dtype)
+    launch.check_shape("page_table", page_table, (meta.num_seqs, None))
+    launch.check_dtype("page_table", page_table, torch.int32)
+    ws.check_rows_layout("pages", pages)
+    out, lse = ws.state_tensors(n, hq, head_dim, q.device, out, lse)
+    if n == 0:
+        return out, lse
+    if q.is_cuda:
+        raise NotImplementedError("attend_pages on CUDA")
+    ws.check_cpu_dtype(q)
+    cpu.attend_pages(q, pages, page_table, meta, softmax_scale, counters, out, lse)
+    return out, lse
