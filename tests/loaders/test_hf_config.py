@@ -67,7 +67,7 @@ def test_model_type_serves_where_architectures_is_absent() -> None:
     ("changes", "message"),
     [
         ({"hidden_size": "absent"}, "'hidden_size' is missing"),
-        ({"hidden_size": 0}, "head_dim is 0"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
         ({"hidden_size": 1 << 60, "head_dim": 8}, "hidden_size is"),
         ({"hidden_size": 32.0, "head_dim": 8}, "whole number"),
         ({"num_attention_heads": 0}, "config.json: "),

@@ -201,7 +201,7 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds neither"):
         load_model(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(CheckpointError, match="pickles.*pytorch_model.bin"):
+    with pytest.raises(CheckpointError, match=r"pickles.*pytorch_model\.bin"):
         load_model(tmp_path)
 
 

@@ -38,7 +38,7 @@ def test_wrong_arguments_are_named(model: Any, options: dict[str, Any], message:
 def test_wrong_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config.json is missing"):
         load_model(tmp_path)
-    with pytest.raises(ValueError, match="'gguf' needs a .gguf file"):
+    with pytest.raises(ValueError, match=r"'gguf' needs a \.gguf file"):
         load_model(tmp_path, load_format="gguf")
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"needs a directory.*or a \.gguf file"):

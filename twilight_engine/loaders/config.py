@@ -150,7 +150,7 @@ class ModelConfig:
 def bounded_layers(num_layers: Any) -> int:
     """num_layers, checked before anything is sized by it."""
     limit = LIMITS["num_layers"]
-    if not isinstance(num_layers, int) or not 1 <= num_layers <= limit:
+    if type(num_layers) is not int or not 1 <= num_layers <= limit:
         raise CheckpointError(f"the number of layers is {num_layers!r}; it must lie in 1..{limit}")
     return num_layers
 
