@@ -8,6 +8,7 @@ from torch import Tensor
 from twilight_engine.layout import NUM_COUNTERS, StepMeta, Windows
 from twilight_engine.ops.cpu.append_rows import append_rows_cpu
 from twilight_engine.ops.launch import (
+    aligned_rows,
     check_dtype,
     check_head_dim,
     check_shape,
@@ -16,8 +17,6 @@ from twilight_engine.ops.launch import (
     ptr,
     row_dtype,
 )
-
-VECTOR_BYTES = 16  # the kernel moves rows in vectors of this size
 
 
 def append_rows(
@@ -76,7 +75,7 @@ def append_rows(
         return
     row_dtype("k", k)
     check_head_dim(dim)
-    k, v = _vector_rows(k), _vector_rows(v)
+    k, v = aligned_rows(k), aligned_rows(v)
     size = k.element_size()
     kernels().append_rows(
         k=ptr(k),
@@ -103,10 +102,3 @@ def append_rows(
         head_bytes=dim * size,
         stream=current_stream(k),
     )
-
-
-def _vector_rows(x: Tensor) -> Tensor:
-    """x, or a copy, with every row contiguous and aligned for the kernel's vectors."""
-    steps = [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:-1])]
-    aligned = x.stride(-1) == 1 and all(step % VECTOR_BYTES == 0 for step in steps)
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)

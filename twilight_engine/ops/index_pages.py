@@ -8,6 +8,7 @@ from torch import Tensor
 from twilight_engine.layout import IndexPages, StepMeta, Windows
 from twilight_engine.ops.cpu.index_pages import index_pages_cpu, index_window_pages_cpu
 from twilight_engine.ops.launch import (
+    aligned_rows,
     check_dtype,
     check_head_dim,
     check_shape,
@@ -49,6 +50,7 @@ def index_pages(k: Tensor, v: Tensor, page_ids: Tensor, index: IndexPages) -> No
         return
     dtype = row_dtype("k", k)
     check_head_dim(2 * half)
+    k, v = aligned_rows(k), aligned_rows(v)
     kernels().index_pages(
         k=ptr(k),
         v=ptr(v),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
+VECTOR_BYTES = 16  # kernels move rows in vectors of this size
 ROW_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # RowDtype in csrc/common.cuh
 
 
@@ -38,6 +39,14 @@ def ptr(tensor: Tensor | None) -> int:
 def current_stream(tensor: Tensor) -> int:
     """torch's current stream on the tensor's device, as an integer."""
     return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x, or a copy, whose last dimension is contiguous and starts at multiples of 16 bytes."""
+    starts = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
+    if x.stride(-1) == 1 and all(start % VECTOR_BYTES == 0 for start in starts):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def row_dtype(name: str, tensor: Tensor) -> int:

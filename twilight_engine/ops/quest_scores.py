@@ -60,6 +60,8 @@ def quest_scores(
         scores = torch.empty(n, hq, total, dtype=torch.float32, device=q.device)
     check_shape("scores", scores, (n, hq, total))
     check_dtype("scores", scores, torch.float32)
+    if scores.numel() == 0:
+        return scores
     if not q.is_cuda:
         quest_scores_cpu(q, index, meta, softmax_scale, block, scores)
         return scores

@@ -51,6 +51,8 @@ def select_blocks(
         candidates = torch.empty(shape, dtype=torch.uint8, device=scores.device)
     check_shape("candidates", candidates, (n, num_kv_heads, total))
     check_dtype("candidates", candidates, torch.uint8)
+    if candidates.numel() == 0:
+        return candidates
     if not scores.is_cuda:
         return select_blocks_reference(
             scores,

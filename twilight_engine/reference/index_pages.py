@@ -29,7 +29,8 @@ def quantise(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, min) float16 of the 4-bit grid over [lo, hi], float32: min + 15 * scale >= hi."""
     hi = hi.clamp(-FP16_MAX, FP16_MAX)
     minimum = round_down(lo)
-    scale = round_up((hi - minimum.float()) / 15)
+    # A tensor of 15s: torch turns division by a scalar into a product on some devices.
+    scale = round_up((hi - minimum.float()) / torch.full_like(hi, 15.0))
     short = minimum.double() + 15 * scale.double() < hi.double()
     next_up = (scale.view(torch.int16) + 1).view(torch.float16)
     return torch.where(short, next_up, scale), minimum
