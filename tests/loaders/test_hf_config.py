@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.loaders.checkpoints import CONFIG
+from twilight_engine.layers.rope import Rope
 from twilight_engine.loaders import CheckpointError, ModelConfig
 from twilight_engine.loaders.hf_config import config_from_hf
 from twilight_engine.models.registry import FAMILIES, family_of
@@ -117,3 +120,33 @@ def test_senseless_values_are_refused(changes: dict[str, Any], message: str) -> 
 def test_unsupported_features_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
         read(**changes)
+
+
+ODD_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**30), 10**30),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(
+        st.sampled_from(["rope_type", "type", "factor", "rope_theta", "low_freq_factor"]),
+        st.one_of(st.sampled_from(["yarn", "llama3", "dynamic"]), st.floats(), st.none()),
+    ),
+)
+KEYS = [*CONFIG, "head_dim", "rope_scaling", "rope_parameters", "sliding_window", "layer_types"]
+KEYS += ["use_sliding_window", "max_window_layers", "attention_bias", "rope_condense_ratio"]
+
+
+@given(
+    st.dictionaries(st.sampled_from(KEYS), ODD_VALUES, max_size=3),
+    st.sampled_from([family.architecture for family in FAMILIES]),
+)
+def test_any_value_gives_a_config_or_an_error_of_ours(
+    changes: dict[str, Any], architecture: str
+) -> None:
+    try:
+        config = read(**{"architectures": [architecture], **changes})
+    except (CheckpointError, NotImplementedError):
+        return
+    Rope(config.rope, config.head_dim, config.max_position_embeddings, torch.device("cpu"))

@@ -101,6 +101,8 @@ def test_chat_template_by_name_and_by_file(tmp_path: Path) -> None:
         ("{{ messages.append(1) }}", "refused"),
         ("{% for i in range(1000000000) %}{% endfor %}", "refused"),
         ("{{ 1 + 'a' }}", "refused"),
+        ("{{ 1 // 0 }}", "refused"),
+        ("{{ messages[0].nothing.at.all }}", "refused"),
     ],
 )
 def test_templates_run_in_a_sandbox(template: str, message: str, tmp_path: Path) -> None:

@@ -11,6 +11,16 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEMPLATE_CHARS = 1 << 20
+# What a template that meets messages it was not written for can raise.
+REFUSALS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 def raise_exception(message: str) -> NoReturn:
@@ -76,5 +86,5 @@ class ChatTemplate:
             return self.template.render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **given
             )
-        except (jinja2.TemplateError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        except REFUSALS as error:
             raise ValueError(f"the chat template refused the messages: {error}") from error
