@@ -11,11 +11,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "engine/cuda_device.h"
+#include "engine/device_probe.h"
 #include "engine/parallel.h"
-
-#ifdef TWILIGHT_CUDA
-#include <cuda_runtime.h>
-#endif
 
 #ifndef MADV_POPULATE_WRITE  // Linux 5.14; older C libraries lack the name
 #define MADV_POPULATE_WRITE 23
@@ -102,20 +100,15 @@ HostArena::HostArena(const ArenaShape& shape, int device)
 #ifdef TWILIGHT_CUDA
   if (device_ >= 0) {
     int same_pointer = 0;
-    const cudaError_t status =
-        cudaDeviceGetAttribute(&same_pointer, cudaDevAttrCanUseHostPointerForRegisteredMem, device);
-    if (status != cudaSuccess) {
-      throw std::runtime_error(std::string("HostArena: ") + cudaGetErrorString(status));
-    }
+    check_cuda(
+        cudaDeviceGetAttribute(&same_pointer, cudaDevAttrCanUseHostPointerForRegisteredMem, device),
+        "HostArena");
     if (same_pointer == 0) {
       throw std::runtime_error("HostArena: device " + std::to_string(device) +
                                " cannot use host pointers for registered memory; the engine "
                                "needs it (any GPU with unified addressing on Linux has it)");
     }
-    char bus_id[32] = {};
-    if (cudaDeviceGetPCIBusId(bus_id, sizeof bus_id, device) == cudaSuccess) {
-      numa_node_ = pci_numa_node(bus_id);
-    }
+    numa_node_ = device_numa_node(device);
   }
 #else
   if (device_ >= 0) {
@@ -171,7 +164,7 @@ void HostArena::check_room(int64_t end_page) const {
 }
 
 void HostArena::ensure_pages(int64_t num_pages) {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard growth(growth_mutex_);
   if (closed_) throw std::runtime_error("HostArena is closed");
   if (num_pages > shape_.num_pages) {
     throw std::invalid_argument("num_pages is " + std::to_string(num_pages) +
@@ -188,6 +181,7 @@ void HostArena::ensure_pages(int64_t num_pages) {
     discard(ranges);
     throw;
   }
+  const std::lock_guard lock(mutex_);
   for (const ByteRange& r : ranges) touched_bytes_ += r.end - r.begin;
   grown_pages_ = end_page;
 }
@@ -205,6 +199,7 @@ void HostArena::touch(const std::vector<ByteRange>& ranges) {
       *reinterpret_cast<volatile std::byte*>(base_ + at) = std::byte{0};
     }
   });
+  const std::lock_guard lock(mutex_);
   touch_seconds_ += seconds_since(start);
 }
 
@@ -216,11 +211,9 @@ void HostArena::register_ranges([[maybe_unused]] const std::vector<ByteRange>& r
   std::mutex done_mutex;
   try {
     parallel_for(split(ranges, kRegisterItem), kRegisterThreads, [&](const ByteRange& r) {
-      cudaError_t status = cudaSetDevice(device_);
-      if (status == cudaSuccess) {
-        status = cudaHostRegister(base_ + r.begin, r.end - r.begin,
-                                  cudaHostRegisterMapped | cudaHostRegisterPortable);
-      }
+      const DeviceScope scope(device_);
+      const cudaError_t status = cudaHostRegister(
+          base_ + r.begin, r.end - r.begin, cudaHostRegisterMapped | cudaHostRegisterPortable);
       if (status != cudaSuccess) {
         cudaGetLastError();  // not sticky; the next launch must not report it
         throw HostMemoryError("host RAM: cudaHostRegister could not pin " +
@@ -235,6 +228,7 @@ void HostArena::register_ranges([[maybe_unused]] const std::vector<ByteRange>& r
     unregister(done);
     throw;
   }
+  const std::lock_guard lock(mutex_);
   registrations_.insert(registrations_.end(), done.begin(), done.end());
   std::sort(registrations_.begin(), registrations_.end(),
             [](const ByteRange& a, const ByteRange& b) { return a.begin < b.begin; });
@@ -245,7 +239,7 @@ void HostArena::register_ranges([[maybe_unused]] const std::vector<ByteRange>& r
 void HostArena::unregister([[maybe_unused]] const std::vector<ByteRange>& ranges) {
 #ifdef TWILIGHT_CUDA
   parallel_for(ranges, kRegisterThreads, [this](const ByteRange& r) {
-    cudaSetDevice(device_);
+    const DeviceScope scope(device_);
     cudaHostUnregister(base_ + r.begin);
     cudaGetLastError();  // at interpreter exit the driver may be gone already, and its pins too
   });
@@ -257,21 +251,24 @@ void HostArena::discard(const std::vector<ByteRange>& ranges) {
 }
 
 void HostArena::close() {
-  const std::lock_guard lock(mutex_);
-  if (closed_) return;
-  closed_ = true;
-  if (getpid() == owner_pid_) {  // a forked child owns neither the pins nor the memory
-#ifdef TWILIGHT_CUDA
-    if (!registrations_.empty()) {
-      cudaSetDevice(device_);
-      cudaDeviceSynchronize();  // a kernel or copy may still read what is about to go
-    }
-#endif
-    unregister(registrations_);
-    discard({{0, reserved_bytes_}});
+  const std::lock_guard growth(growth_mutex_);
+  std::vector<ByteRange> registered;
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_) return;
+    closed_ = true;
+    registered.swap(registrations_);
+    grown_pages_ = touched_bytes_ = 0;
   }
-  registrations_.clear();
-  grown_pages_ = touched_bytes_ = 0;
+  if (getpid() != owner_pid_) return;  // a forked child owns neither the pins nor the memory
+#ifdef TWILIGHT_CUDA
+  if (!registered.empty()) {
+    const DeviceScope scope(device_);
+    cudaDeviceSynchronize();  // a kernel or copy may still read what is about to go
+  }
+#endif
+  unregister(registered);
+  discard({{0, reserved_bytes_}});
 }
 
 int64_t HostArena::registration_end(int64_t offset, int64_t end) const {

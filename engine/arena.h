@@ -90,7 +90,8 @@ class HostArena {
   std::byte* mapping_ = nullptr;  // base_ is this, moved up to a huge page's start
   size_t mapping_bytes_ = 0;
 
-  mutable std::mutex mutex_;
+  std::mutex growth_mutex_;               // held while memory is touched, registered or given back
+  mutable std::mutex mutex_;              // guards what follows; never held for long
   std::vector<ByteRange> registrations_;  // ascending
   int64_t grown_pages_ = 0;
   int64_t touched_bytes_ = 0;

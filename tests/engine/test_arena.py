@@ -91,8 +91,6 @@ def test_close_gives_everything_back_and_views_stay_harmless(device: torch.devic
         arena.layer(0)
     with pytest.raises(RuntimeError, match="HostArena is closed"):
         arena.ensure_pages(1)
-    with pytest.raises(BufferError):
-        memoryview(arena.arena)
     del arena
     assert (view == 0).all()  # address space stays with the view
 

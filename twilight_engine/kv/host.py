@@ -43,12 +43,14 @@ class HostArena:
         self.num_layers, self.num_kv_heads, self.num_pages = num_layers, num_kv_heads, num_pages
         self.page_size, self.head_dim, self.dtype = page_size, head_dim, dtype
         self.page_bytes = page_size * 2 * head_dim * dtype.itemsize
+        ordinal = device_index(torch.device(device))
+        self.device = torch.device("cpu") if ordinal < 0 else torch.device("cuda", ordinal)
         self.arena = _C.HostArena(
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
             num_pages=num_pages,
             page_bytes=self.page_bytes,
-            device=device_index(torch.device(device)),
+            device=ordinal,
         )
 
     def layer(self, layer: int) -> Tensor:
@@ -62,10 +64,8 @@ class HostArena:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer is {layer}; it must lie in [0, {self.num_layers})")
         shape = (self.num_kv_heads, self.strip_pages, self.page_size, 2 * self.head_dim)
-        if self.arena.closed:
-            raise RuntimeError("HostArena is closed")
         rows: Tensor = torch.frombuffer(
-            memoryview(self.arena),
+            self.arena.memory(),
             dtype=self.dtype,
             count=shape[0] * shape[1] * shape[2] * shape[3],
             offset=self.arena.offset(layer=layer, kv_head=0, page=0),
