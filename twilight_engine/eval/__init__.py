@@ -1,0 +1,1 @@
+"""Measuring a model: prompts with known answers; nothing below imports it."""
