@@ -103,15 +103,16 @@ class RequestMetrics:
         return self.decode_s / self.num_decode_steps if self.num_decode_steps else 0.0
 
 
-def sequence_bytes(steps: Steps) -> dict[str, int]:
-    """One sequence's bytes over its steps, by RequestMetrics' names."""
+def step_bytes(steps: Steps) -> dict[str, Array]:
+    """One sequence's bytes of each step, [T], by RequestMetrics' names."""
     counters = steps.counters  # [T, L, NUM_COUNTERS]
     alone = (steps.batch == 1)[:, None]
 
-    def share(column: int, part: Array, whole: Array) -> int:
+    def share(column: int, part: Array, whole: Array) -> Array:
         total = counters[..., column]
-        split = np.rint(total * (part / np.maximum(whole, 1)))
-        return int(np.where(alone, total, split).sum())
+        split = np.rint(total * (part / np.maximum(whole, 1))).astype(np.int64)
+        bytes_: Array = np.where(alone, total, split).sum(axis=1)
+        return bytes_
 
     missed, direct = steps.missed.sum(-1), steps.direct.sum(-1)
     context, contexts = steps.context[:, None], steps.batch_context[:, None]
@@ -126,8 +127,8 @@ def sequence_bytes(steps: Steps) -> dict[str, int]:
 
 def step_figures(sequences: Sequence[Steps]) -> dict[str, Any]:
     """What the steps of a request's sequences say, by RequestMetrics' names."""
-    parts = [sequence_bytes(steps) for steps in sequences]
-    figures: dict[str, Any] = {name: sum(p[name] for p in parts) for name in parts[0]}
+    parts = [step_bytes(steps) for steps in sequences]
+    figures: dict[str, Any] = {name: sum(int(p[name].sum()) for p in parts) for name in parts[0]}
     for grade in ("exact", "index", "tail", "resident", "missed", "direct"):
         figures[f"{grade}_rows"] = sum(int(getattr(steps, grade).sum()) for steps in sequences)
     figures["num_decode_steps"] = sum(len(steps.context) for steps in sequences)
