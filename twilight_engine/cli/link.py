@@ -1,0 +1,51 @@
+"""How fast the host's memory reaches the device, measured."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+COPY_BYTES = 256 << 20
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class LinkSpeed:
+    """GB/s (10^9 bytes) of large copies; on a CPU both are one memory copy's."""
+
+    host_to_device_gbps: float
+    device_to_host_gbps: float
+    is_link: bool
+
+
+def measure_link(num_bytes: int = COPY_BYTES, repeats: int = REPEATS) -> LinkSpeed:
+    """Best of a few copies between pinned host memory and the GPU; within memory without a GPU.
+
+    Raises: RuntimeError if the host refuses to pin the buffer.
+    """
+    if torch.cuda.is_available():
+        host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        device = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+        up = best_gbps(device, host, repeats)
+        return LinkSpeed(up, best_gbps(host, device, repeats), is_link=True)
+    source = torch.zeros(num_bytes, dtype=torch.uint8)
+    speed = best_gbps(torch.zeros_like(source), source, repeats)
+    return LinkSpeed(speed, speed, is_link=False)
+
+
+def best_gbps(target: torch.Tensor, source: torch.Tensor, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):  # the first warms up
+        synchronize()
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return source.nbytes / min(times[1:]) / 1e9
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

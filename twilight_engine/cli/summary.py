@@ -1,0 +1,34 @@
+"""What a run cost, in one line for people and one object for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twilight_engine.cli.units import format_bytes, format_seconds
+from twilight_engine.runtime.outputs import RequestOutput
+from twilight_engine.runtime.report import OffloadReport
+
+
+def summary_line(report: OffloadReport) -> str:
+    """'6,397 tokens read in 60.1 s, 16 written (5.2 tokens/s); moved 14.6 MiB, not 6.2 GiB'."""
+    steps, seconds = report.num_decode_steps, report.decode_s
+    rate = f" ({steps / seconds:,.1f} tokens/s)" if steps and seconds > 0 else ""
+    moved = format_bytes(report.host_to_device_bytes)
+    return (
+        f"{report.num_prompt_tokens:,} tokens read in {format_seconds(report.prefill_s)}, "
+        f"{report.num_generated_tokens:,} written{rate}; moved {moved}, dense offload "
+        f"{format_bytes(report.dense_bytes)}; hit rate {report.hit_rate:.1%}"
+    )
+
+
+def output_json(output: RequestOutput, report: OffloadReport) -> dict[str, Any]:
+    """A finished request as JSON values: text, tokens, and the report without its step arrays."""
+    completion = output.outputs[0]
+    figures = report.to_json()
+    return {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "num_prompt_tokens": len(output.prompt_token_ids),
+        "offload": {name: figures[name] for name in ("run", "bytes", "ratio", "hit_rate", "link")},
+    }
