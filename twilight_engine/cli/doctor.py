@@ -105,8 +105,9 @@ def print_sections(console: Console, sections: dict[str, list[Fact]], speed: Lin
     for title, facts in sections.items():
         table = Table.grid(padding=(0, 2))
         for fact in facts:
-            advice = f" [dim]{fact.advice}[/]" if fact.advice else ""
-            table.add_row(MARKS[fact.state], fact.name, fact.value + advice)
+            table.add_row(MARKS[fact.state], fact.name, fact.value)
+            if fact.advice:
+                table.add_row("", "", f"[dim]{fact.advice}[/]")
         if title == "Host memory for KV":
             table.add_row(MARKS["ok"], *link_row(speed))
         console.print(f"[bold]{title}[/]")
