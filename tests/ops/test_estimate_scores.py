@@ -11,6 +11,8 @@ from twilight_engine.ops.estimate_scores import estimate_scores
 from twilight_engine.reference.estimate_scores import estimate_scores as reference
 
 SENTINEL = 12345.0
+# The kernel carries q * scale in 16 bits of mantissa; on values of order ten.
+FACTOR = {"cpu": 1.0, "cuda": 4.0}
 
 
 def visible(meta: StepMeta, capacity: int) -> Tensor:
@@ -37,8 +39,9 @@ def check(
     expected, expected_lse = reference(
         case.q, case.index, case.windows, case.meta, scores=expected, **arguments
     )
-    compare(scores, expected, step_dtype=torch.float32)
-    compare(lse, expected_lse, step_dtype=torch.float32)
+    factor = FACTOR[case.q.device.type]
+    compare(scores, expected, step_dtype=torch.float32, factor=factor)
+    compare(lse, expected_lse, step_dtype=torch.float32, factor=factor)
     hidden = ~visible(case.meta, capacity)[:, None].expand(-1, hq, -1)
     assert (scores[hidden] == SENTINEL).all()
 

@@ -12,6 +12,115 @@ from twilight_engine.ops.cpu import estimate_scores as cpu
 LEFT_OUT = ("midpoint", "drop")
 
 
+def _check(
+    q: Tensor,
+    index: IndexPages,
+    windows: Windows,
+    meta: StepMeta,
+    candidates: Tensor | None,
+    left_out: str,
+) -> None:
+    num_rows, num_q_heads, head_dim = q.shape
+    num_kv_heads = windows.num_kv_heads
+    if num_q_heads % num_kv_heads:
+        raise ValueError(f"q has {num_q_heads} heads; it must be a multiple of {num_kv_heads}")
+    if left_out not in LEFT_OUT:
+        raise ValueError(f"left_out is {left_out!r}; allowed: {', '.join(map(repr, LEFT_OUT))}")
+    launch.row_dtype("q", q)
+    launch.check_dtype("windows.rows", windows.rows, q.dtype)
+    launch.check_shape("windows.rows", windows.rows, (None, 2 * head_dim))
+    launch.check_shape(
+        "index.k_codes", index.k_codes, (None, num_kv_heads, meta.page_size, head_dim // 2)
+    )
+    launch.check_shape("meta.positions", meta.positions, (num_rows,))
+    if index.k_index == "int4_token" and candidates is not None and index.k_bounds is None:
+        raise ValueError("index.k_bounds is None; candidates over an int4_token index need it")
+    if candidates is not None:
+        blocks = num_blocks(meta.max_len, index.candidate_block, meta.page_size)
+        launch.check_shape("candidates", candidates, (num_rows, num_kv_heads, None))
+        if candidates.shape[2] < blocks:
+            raise ValueError(f"candidates holds {candidates.shape[2]} blocks; it needs {blocks}")
+        launch.check_dtype("candidates", candidates, torch.uint8)
+
+
+def _check_outputs(scores: Tensor, lse: Tensor, q: Tensor, meta: StepMeta) -> None:
+    num_rows, num_q_heads, _ = q.shape
+    launch.check_shape("scores", scores, (num_rows, num_q_heads, None))
+    launch.check_dtype("scores", scores, torch.float32)
+    launch.check_shape("lse", lse, (num_rows, num_q_heads))
+    if scores.shape[2] < meta.max_len:
+        raise ValueError(f"scores holds {scores.shape[2]} tokens; max_len is {meta.max_len}")
+
+
+def partial_chunks(meta: StepMeta, windows: Windows) -> int:
+    """Chunks a row is split into on a GPU: what the workspace `partials` is sized by."""
+    chunks: int = launch.kernels().estimate_scores_chunks(
+        max_len=meta.max_len,
+        page_size=meta.page_size,
+        num_sink=meta.num_sink,
+        window_rows=windows.window_rows,
+    )
+    return chunks
+
+
+def _launch(
+    q: Tensor,
+    index: IndexPages,
+    windows: Windows,
+    meta: StepMeta,
+    *,
+    softmax_scale: float,
+    candidates: Tensor | None,
+    left_out: str,
+    scores: Tensor,
+    lse: Tensor,
+    partials: Tensor | None,
+) -> None:
+    num_rows, num_q_heads, head_dim = q.shape
+    launch.check_head_dim(head_dim)
+    shape = (num_rows, num_q_heads, partial_chunks(meta, windows), 2)
+    if partials is None:
+        partials = torch.empty(shape, device=q.device)
+    launch.check_shape("partials", partials, shape)
+    bounds = index.k_bounds
+    launch.kernels().estimate_scores(
+        q=launch.ptr(q),
+        k_codes=launch.ptr(index.k_codes),
+        k_scale=launch.ptr(index.k_scale),
+        k_bounds=launch.ptr(bounds),
+        rows=launch.ptr(windows.rows),
+        candidates=launch.ptr(candidates),
+        page_table=launch.ptr(meta.page_table),
+        seq_slots=launch.ptr(meta.seq_slots),
+        window_starts=launch.ptr(meta.window_starts),
+        query_seq=launch.ptr(meta.query_seq),
+        positions=launch.ptr(meta.positions),
+        ctx_starts=launch.ptr(meta.ctx_starts),
+        scores=launch.ptr(scores),
+        lse=launch.ptr(lse),
+        partials=launch.ptr(partials),
+        num_rows=num_rows,
+        num_kv_heads=windows.num_kv_heads,
+        group=num_q_heads // windows.num_kv_heads,
+        head_dim=head_dim,
+        page_size=meta.page_size,
+        num_sink=meta.num_sink,
+        window_rows=windows.window_rows,
+        max_len=meta.max_len,
+        capacity=scores.shape[2],
+        table_stride=meta.page_table.stride(0),
+        num_blocks=0 if candidates is None else candidates.shape[2],
+        row_dtype=launch.row_dtype("q", q),
+        per_token=index.k_index == "int4_token",
+        drop=left_out == "drop",
+        softmax_scale=softmax_scale,
+        codes_page_stride=index.k_codes.stride(0),
+        scale_page_stride=index.k_scale.stride(0),
+        bounds_page_stride=0 if bounds is None else bounds.stride(0),
+        stream=launch.current_stream(q),
+    )
+
+
 def estimate_scores(
     q: Tensor,
     index: IndexPages,
@@ -47,38 +156,19 @@ def estimate_scores(
         head_dim or dtype without a kernel.
     Source: the SpGEMV of Twilight (arXiv 2502.02770), with the scales folded into q once a page.
     """
-    num_rows, num_q_heads, head_dim = q.shape
-    num_kv_heads = windows.num_kv_heads
-    if num_q_heads % num_kv_heads:
-        raise ValueError(f"q has {num_q_heads} heads; it must be a multiple of {num_kv_heads}")
-    if left_out not in LEFT_OUT:
-        raise ValueError(f"left_out is {left_out!r}; allowed: {', '.join(map(repr, LEFT_OUT))}")
-    launch.row_dtype("q", q)
-    launch.check_dtype("windows.rows", windows.rows, q.dtype)
-    launch.check_shape("windows.rows", windows.rows, (None, 2 * head_dim))
-    launch.check_shape(
-        "index.k_codes", index.k_codes, (None, num_kv_heads, meta.page_size, head_dim // 2)
-    )
-    launch.check_shape("meta.positions", meta.positions, (num_rows,))
-    if index.k_index == "int4_token" and candidates is not None and index.k_bounds is None:
-        raise ValueError("index.k_bounds is None; candidates over an int4_token index need it")
-    if candidates is not None:
-        blocks = num_blocks(meta.max_len, index.candidate_block, meta.page_size)
-        launch.check_shape("candidates", candidates, (num_rows, num_kv_heads, None))
-        if candidates.shape[2] < blocks:
-            raise ValueError(f"candidates holds {candidates.shape[2]} blocks; it needs {blocks}")
-        launch.check_dtype("candidates", candidates, torch.uint8)
+    _check(q, index, windows, meta, candidates, left_out)
+    num_rows, num_q_heads, _ = q.shape
     if scores is None:
         scores = torch.empty(num_rows, num_q_heads, meta.max_len, device=q.device)
     if lse is None:
         lse = torch.empty(num_rows, num_q_heads, device=q.device)
-    launch.check_shape("scores", scores, (num_rows, num_q_heads, None))
-    launch.check_dtype("scores", scores, torch.float32)
-    launch.check_shape("lse", lse, (num_rows, num_q_heads))
-    if scores.shape[2] < meta.max_len:
-        raise ValueError(f"scores holds {scores.shape[2]} tokens; max_len is {meta.max_len}")
+    _check_outputs(scores, lse, q, meta)
     if q.is_cuda:
-        raise NotImplementedError("estimate_scores on CUDA")
+        _launch(
+            q.contiguous(), index, windows, meta, softmax_scale=softmax_scale,
+            candidates=candidates, left_out=left_out, scores=scores, lse=lse, partials=partials,
+        )  # fmt: skip
+        return scores, lse
     if q.dtype != torch.float32:
         raise NotImplementedError(f"q has dtype {q.dtype}; supported on a CPU: torch.float32")
     cpu.estimate_scores(

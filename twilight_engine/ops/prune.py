@@ -77,6 +77,62 @@ def _check_capacity(scores: Tensor, out: Pruned, meta: StepMeta, *, with_index: 
             raise ValueError(f"{name} holds {size} tokens; max_len is {meta.max_len}")
 
 
+def _launch(
+    scores: Tensor,
+    lse: Tensor,
+    meta: StepMeta,
+    *,
+    top_p: Tensor,
+    index_top_p: Tensor | None,
+    top_k: Tensor | None,
+    unite: bool,
+    num_kv_heads: int,
+    expand_pages: bool,
+    candidates: Tensor | None,
+    block: int,
+    out: Pruned,
+    weights: Tensor | None,
+) -> None:
+    num_rows, num_q_heads, capacity = scores.shape
+    if weights is None:
+        weights = torch.empty(num_rows, num_kv_heads, capacity, device=scores.device)
+    launch.check_shape("weights", weights, (num_rows, num_kv_heads, capacity))
+    launch.kernels().prune(
+        scores=launch.ptr(scores),
+        lse=launch.ptr(lse),
+        top_p=launch.ptr(top_p),
+        index_top_p=launch.ptr(index_top_p),
+        top_k=launch.ptr(top_k),
+        candidates=launch.ptr(candidates),
+        window_starts=launch.ptr(meta.window_starts),
+        query_seq=launch.ptr(meta.query_seq),
+        positions=launch.ptr(meta.positions),
+        ctx_starts=launch.ptr(meta.ctx_starts),
+        weights=launch.ptr(weights),
+        exact_tokens=launch.ptr(out.exact.tokens),
+        exact_counts=launch.ptr(out.exact.counts),
+        index_tokens=launch.ptr(out.index.tokens),
+        index_counts=launch.ptr(out.index.counts),
+        grades=launch.ptr(out.grades),
+        mass=launch.ptr(out.mass),
+        num_rows=num_rows,
+        num_kv_heads=num_kv_heads,
+        group=num_q_heads // num_kv_heads,
+        page_size=meta.page_size,
+        num_sink=meta.num_sink,
+        max_len=meta.max_len,
+        capacity=capacity,
+        exact_capacity=out.exact.tokens.shape[2],
+        index_capacity=out.index.tokens.shape[2],
+        grades_capacity=out.grades.shape[2],
+        block=block,
+        num_blocks=0 if candidates is None else candidates.shape[2],
+        unite=unite,
+        expand_pages=expand_pages,
+        stream=launch.current_stream(scores),
+    )
+
+
 def prune(
     scores: Tensor,
     lse: Tensor,
@@ -131,7 +187,12 @@ def prune(
         )
     _check_capacity(scores, out, meta, with_index=index_top_p is not None)
     if scores.is_cuda:
-        raise NotImplementedError("prune on CUDA")
+        _launch(
+            scores, lse, meta, top_p=top_p, index_top_p=index_top_p, top_k=top_k,
+            unite=group_rule == "union", num_kv_heads=num_kv_heads, expand_pages=fetch_block > 1,
+            candidates=candidates, block=block, out=out, weights=weights,
+        )  # fmt: skip
+        return out
     cpu.prune(
         scores, lse, meta, top_p=top_p, index_top_p=index_top_p, top_k=top_k,
         group_rule=group_rule, num_kv_heads=num_kv_heads, fetch_block=fetch_block,

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace twilight {
+
+struct EstimateScoresParams {
+  int num_rows;      // N
+  int num_kv_heads;  // Hkv
+  int group;         // G = Hq / Hkv
+  int head_dim;      // D: 64, 80, 96, 128 or 256
+  int page_size;     // S
+  int num_sink;
+  int window_rows;
+  int max_len;       // bounds every position; with page_size it sets the grid
+  int capacity;      // C, tokens a row of scores holds
+  int table_stride;  // P_max
+  int num_blocks;    // NB, candidate blocks a (row, head); block restarts at each page
+  int row_dtype;     // RowDtype of q and rows
+  bool per_token;    // int4_token, else int4_channel
+  bool drop;         // left-out tokens get -inf, else their block's midpoint
+  float softmax_scale;
+  int64_t codes_page_stride;   // elements from a page to the next
+  int64_t scale_page_stride;   // likewise
+  int64_t bounds_page_stride;  // likewise
+
+  const void* q;              // [N, Hq, D] row_dtype
+  const uint8_t* k_codes;     // [P, Hkv, S, D / 2]
+  const uint16_t* k_scale;    // fp16: [P, Hkv, 2, D], or per_token [P, Hkv, S, 2]
+  const uint16_t* k_bounds;   // fp16: [P, Hkv, runs, 2, D], per_token with candidates only
+  const void* rows;           // [R, 2 * D] row_dtype
+  const uint8_t* candidates;  // [N, Hkv, NB], or null: all
+  const int* page_table;      // [B, P_max]
+  const int* seq_slots;       // [B]
+  const int* window_starts;   // [B]
+  const int* query_seq;       // [N]
+  const int* positions;       // [N]
+  const int* ctx_starts;      // [N]
+
+  float* scores;    // [N, Hq, C]
+  float* lse;       // [N, Hq]
+  float* partials;  // [N, Hq, estimate_scores_chunks(...), 2]: (max, sum of exp) a chunk
+};
+
+// Chunks of a row: what the workspace `partials` is sized by.
+int estimate_scores_chunks(int max_len, int page_size, int num_sink, int window_rows);
+
+cudaError_t launch_estimate_scores(const EstimateScoresParams& params, cudaStream_t stream);
+
+}  // namespace twilight
