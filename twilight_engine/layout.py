@@ -23,6 +23,8 @@ GRADE_EXACT = 2
 GRADE_DROPPED = 3  # outside the selector's candidates and not to be compensated
 
 SLOTS_PER_CHUNK = 32  # hot-row slots move between heads in chunks of this many
+MAX_CHUNKS = 65536  # of a layer's hot rows: what the victim search's list in shared memory can name
+MAX_AGE = 1023  # steps; hot slots unused for longer count as equally old
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ def select_blocks(
     tokens = list_token_counts(meta).double()
     tokens = budget * tokens if isinstance(budget, float) else torch.full_like(tokens, budget)
     keep = (tokens / block).ceil()  # [N]
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    # + 0.0: -0 ranks as +0 also where a sort compares bits.
+    order = (scores + 0.0).sort(dim=-1, descending=True, stable=True).indices
     rank = order.argsort(dim=-1)
     chosen = (rank < keep[:, None, None]) & (scores > -torch.inf)  # [N, Hq, NB]
     n, hq, total = scores.shape

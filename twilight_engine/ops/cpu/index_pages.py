@@ -1,4 +1,8 @@
-"""index_pages on a CPU: numba passes for ranges and codes, torch for the small tensors between."""
+"""index_pages on a CPU: numba passes for ranges and codes, torch for the small tensors between.
+
+The passes run on one thread: they take 17 ms of a core for 6,144 tokens of 3 heads of 64 channels,
+and on two busy cores a pool of numba threads beside torch's made that 5 times slower.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,9 @@ from twilight_engine.layout import IndexPages, StepMeta, Windows
 from twilight_engine.reference.index_pages import FP16_MAX, quantise, round_down, round_up
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")
+@numba.njit(cache=True, error_model="numpy")
 def _channel_ranges(x: Any, run: int, lo: Any, hi: Any) -> None:
-    heads = x.shape[2]
-    for i in numba.prange(x.shape[0] * heads):
-        m, h = i // heads, i % heads
+    for m, h in np.ndindex(x.shape[0], x.shape[2]):
         for s in range(x.shape[1]):
             r = s // run
             for d in range(x.shape[3]):
@@ -30,11 +32,9 @@ def _channel_ranges(x: Any, run: int, lo: Any, hi: Any) -> None:
                 hi[m, h, r, d] = max(hi[m, h, r, d], value)
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")
+@numba.njit(cache=True, error_model="numpy")
 def _token_ranges(x: Any, lo: Any, hi: Any) -> None:
-    heads = x.shape[2]
-    for i in numba.prange(x.shape[0] * heads):
-        m, h = i // heads, i % heads
+    for m, h in np.ndindex(x.shape[0], x.shape[2]):
         for s in range(x.shape[1]):
             low = x[m, s, h, 0]
             high = low
@@ -45,12 +45,10 @@ def _token_ranges(x: Any, lo: Any, hi: Any) -> None:
             hi[m, h, s] = high
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")
+@numba.njit(cache=True, error_model="numpy")
 def _encode(x: Any, scale: Any, minimum: Any, codes: Any) -> None:
     """scale and minimum [M, Hkv, S, D] by broadcast; codes [M, Hkv, S, D // 2]."""
-    heads = x.shape[2]
-    for i in numba.prange(x.shape[0] * heads):
-        m, h = i // heads, i % heads
+    for m, h in np.ndindex(x.shape[0], x.shape[2]):
         for s in range(x.shape[1]):
             for j in range(x.shape[3] // 2):
                 byte = 0

@@ -1,4 +1,4 @@
-"""quest_scores on a CPU: numba over (query row, KV head)."""
+"""quest_scores on a CPU: one numba pass, on one thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twilight_engine.layout import IndexPages, StepMeta, blocks_per_page
 from twilight_engine.ops.cpu.halves import half_bits, halves_to_floats
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")
+@numba.njit(cache=True, error_model="numpy")
 def _scores(
     q: Any, bounds: Any, by_channel: bool, table: Any, query_seq: Any,
     positions: Any, ctx_starts: Any, window_starts: Any, page_size: int, num_sink: int, block: int,
@@ -21,8 +21,7 @@ def _scores(
 ) -> None:  # fmt: skip
     heads, per_page, dim = bounds.shape[1], bounds.shape[2], q.shape[2]
     group = q.shape[1] // heads
-    for i in numba.prange(q.shape[0] * heads):
-        n, h = i // heads, i % heads
+    for n, h in np.ndindex(q.shape[0], heads):
         b = query_seq[n]
         first = max(ctx_starts[n], num_sink)
         end = min(positions[n] + 1, window_starts[b])

@@ -1,0 +1,105 @@
+"""Bring rows from host memory into hot slots."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twilight_engine.layout import FetchLists
+from twilight_engine.ops.cpu import gather_rows as cpu
+from twilight_engine.ops.launch import check_dtype, check_shape, kernels, ptr
+
+# Thread blocks of 512: 8 saturate a PCIe 5 x16 link, twice as many hide cold translations better
+# and leave the other SMs to the kernels that attend meanwhile.
+NUM_BLOCKS = 16
+MAX_SEGMENTS = 8192  # (sequence, KV head) pairs whose offsets fit in a block's shared memory
+ROW_ALIGN_BYTES = 16
+
+
+def gather_rows(
+    host_kv: Tensor,
+    fetch: FetchLists,
+    rows: Tensor,
+    *,
+    counters: Tensor | None = None,
+    num_blocks: int = NUM_BLOCKS,
+    stream: torch.cuda.Stream | None = None,
+) -> None:
+    """Copy the rows that a step misses from host memory to their slots, bit by bit.
+
+    rows[dst[b, h, i]] = host_kv[h, src[b, h, i] // S, src[b, h, i] % S] for i < counts[b, h];
+    entries with src or dst NO_ROW are skipped. Whole pages are lists whose rows are adjacent. No
+    dst may occur twice. The GPU reads host memory itself, so host_kv must be pinned and mapped, and
+    must hold the rows before the stream gets here.
+
+    Args:
+        host_kv: [Hkv, P, S, 2D], CPU; heads may lie apart (stride of dim 0), the rest contiguous.
+        fetch: lists of resolve_rows, on rows' device.
+        rows: [R, 2D] of host_kv's dtype; 2D elements must be a multiple of 16 bytes.
+        counters: [NUM_COUNTERS] int64, on rows' device; adds the bytes moved.
+        num_blocks: CUDA thread blocks to use.
+        stream: where to run; torch's current stream if None.
+    Raises: ValueError for shapes, dtypes, strides or a row size other than these.
+    Source: zero-copy gather; see csrc/gather_rows.cu.
+    """
+    _check(host_kv, fetch, rows, counters, num_blocks)
+    if not rows.is_cuda:
+        cpu.gather_rows(host_kv, fetch, rows, counters)
+        return
+    if not host_kv.numel() or not rows.numel() or not fetch.src.numel():
+        return
+    run_on = stream or torch.cuda.current_stream(rows.device)
+    itemsize = host_kv.element_size()
+    kernels().gather_rows(
+        host_kv=ptr(host_kv),
+        src=ptr(fetch.src),
+        dst=ptr(fetch.dst),
+        counts=ptr(fetch.counts),
+        rows=ptr(rows),
+        counters=ptr(counters),
+        num_segments=fetch.counts.numel(),
+        num_kv_heads=fetch.counts.shape[1],
+        fetch_capacity=fetch.src.shape[2],
+        head_stride_bytes=host_kv.stride(0) * itemsize,
+        row_bytes=host_kv.shape[3] * itemsize,
+        num_blocks=num_blocks,
+        stream=run_on.cuda_stream,
+    )
+    if stream is not None:
+        for tensor in (fetch.src, fetch.dst, fetch.counts, rows, counters):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+
+def _check(
+    host_kv: Tensor, fetch: FetchLists, rows: Tensor, counters: Tensor | None, num_blocks: int
+) -> None:
+    if host_kv.is_cuda:
+        raise ValueError(f"host_kv is on {host_kv.device}; it must be in host memory")
+    check_shape("host_kv", host_kv, (fetch.counts.shape[1], None, None, None))
+    check_shape("rows", rows, (None, host_kv.shape[3]))
+    check_dtype("rows", rows, host_kv.dtype)
+    check_shape("fetch.src", fetch.src, (*fetch.counts.shape, None))
+    check_shape("fetch.dst", fetch.dst, tuple(fetch.src.shape))
+    lists = {"fetch.src": fetch.src, "fetch.dst": fetch.dst, "fetch.counts": fetch.counts}
+    for name, tensor in lists.items():
+        check_dtype(name, tensor, torch.int32)
+    contiguous = {**lists, "rows": rows}
+    if host_kv.shape[0]:
+        contiguous["host_kv[0]"] = host_kv[0]
+    for name, tensor in contiguous.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+    if counters is not None:
+        check_dtype("counters", counters, torch.int64)
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks is {num_blocks}; it must be >= 1")
+    if fetch.counts.numel() > MAX_SEGMENTS:
+        raise ValueError(
+            f"fetch has {fetch.counts.numel()} segments; at most {MAX_SEGMENTS} are allowed"
+        )
+    row_bytes = rows.shape[1] * rows.element_size()
+    if row_bytes % ROW_ALIGN_BYTES:
+        raise ValueError(
+            f"rows have {row_bytes} bytes each; they must be a multiple of {ROW_ALIGN_BYTES}"
+        )
