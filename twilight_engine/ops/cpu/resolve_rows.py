@@ -38,6 +38,7 @@ def resolve_rows(
     if hot is None:
         locations.fill_(NO_ROW)
         fetch.counts.zero_()
+        fetch.direct.zero_().index_add_(0, meta.query_seq, exact.counts)
         tally[0, 2] = int(exact.counts.sum())
     else:
         _resolve(
@@ -58,6 +59,7 @@ def resolve_rows(
             fetch.src.numpy(),
             fetch.dst.numpy(),
             fetch.counts.numpy(),
+            fetch.direct.numpy(),
             tally,
         )
     if counters is not None:
@@ -122,6 +124,7 @@ def _resolve(
     src: Array,
     dst: Array,
     fetch_counts: Array,
+    direct: Array,
     tally: Array,
 ) -> None:
     hkv = tokens.shape[1]
@@ -135,6 +138,7 @@ def _resolve(
                         slot_stamp[row - first_row] = step
         for b in range(seq_slots.shape[0]):
             fetched, longest = 0, 0
+            direct[b, h] = 0
             for n in range(cu_seqlens_q[b], cu_seqlens_q[b + 1]):
                 missing, num_missing = np.empty(counts[n, h], np.int32), 0
                 longest = max(longest, counts[n, h])
@@ -167,6 +171,7 @@ def _resolve(
                     fetched += 1
                 tally[h, 1] += victims.shape[0]
                 tally[h, 2] += num_missing - victims.shape[0]
+                direct[b, h] += num_missing - victims.shape[0]
             fetch_counts[b, h] = fetched
             if seq_slots[b] >= 0 and cu_seqlens_q[b + 1] > cu_seqlens_q[b]:
                 old = set_mean[seq_slots[b], h]

@@ -1,0 +1,208 @@
+"""Graded attention of one layer: select, estimate, prune, resolve, fetch, attend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from twilight_engine.attention.selectors import LayerView, make_selector
+from twilight_engine.config import SparseConfig
+from twilight_engine.kv.cache import KVCache
+from twilight_engine.kv.tiers import StepBuffers
+from twilight_engine.layout import FetchLists, Pruned, RowLists, StepMeta
+from twilight_engine.ops.attend_index import attend_index
+from twilight_engine.ops.attend_means import attend_means
+from twilight_engine.ops.attend_rows import attend_rows
+from twilight_engine.ops.estimate_scores import estimate_scores
+from twilight_engine.ops.gather_rows import gather_rows
+from twilight_engine.ops.merge_states import merge_states
+from twilight_engine.ops.prune import list_all, prune
+from twilight_engine.ops.resolve_rows import resolve_rows
+from twilight_engine.telemetry import DIRECT, EXACT, INDEX, MISSED
+
+State = tuple[Tensor, Tensor]  # out [N, Hq, D] float32, lse [N, Hq]
+
+
+class GradedAttention:
+    """One softmax over three grades: exact rows, INT4 rows and page means (DESIGN: the method).
+
+    The estimate gives every visible token an INT4 logit (resident tokens their exact one); prune
+    grades them by mass; exact rows come from windows, hot rows or, over the copy stream, the host,
+    while the lower grades are attended.
+
+    Args:
+        cache: the engine's KV cache.
+        layer: a sparse layer.
+        configs: a SparseConfig for each sequence of the batch.
+    Raises:
+        ValueError: for configs that cannot share a batch or need tiers the cache lacks.
+    """
+
+    def __init__(self, cache: KVCache, layer: int, configs: Sequence[SparseConfig]) -> None:
+        self.cache, self.layer = cache, layer
+        self.config = config = _shared(layer, configs)
+        tiers = cache.layers[layer]
+        assert tiers.windows is not None and tiers.index is not None
+        self.tiers, self.windows, self.index = tiers, tiers.windows, tiers.index
+        if config.index_top_p is not None and not config.keeps_every_row:
+            if self.index.v_codes is None:
+                raise ValueError(
+                    f"index_top_p is {config.index_top_p}, but the cache keeps no INT4 V; build it "
+                    "with KVConfig(v_index='int4'), or use index_top_p=None (preset 'lean')"
+                )
+        self.selector = make_selector(config)
+        device = cache.device
+
+        def floats(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        self.top_p = floats([c.attn_top_p for c in configs])
+        self.index_top_p = None
+        if config.index_top_p is not None:
+            self.index_top_p = floats([float(c.index_top_p or 0.0) for c in configs])
+        self.top_k = None
+        if config.attn_top_k is not None:
+            budgets = [int(c.attn_top_k or 0) for c in configs]
+            self.top_k = torch.tensor(budgets, dtype=torch.int32, device=device)
+
+    def __call__(self, q: Tensor, meta: StepMeta) -> Tensor:
+        """q [N, Hq, D] -> [N, Hq, D] in q's dtype; the step's rows are already appended."""
+        buffers = self._buffers(meta.num_queries)
+        if self.config.keeps_every_row:
+            exact = list_all(
+                meta, self.windows.num_kv_heads, self.cache.plan.capacity, out=buffers.pruned.exact
+            )
+            locations, fetch = self._fetch(exact, meta, buffers)
+            self._log({EXACT: exact.counts}, fetch, None)
+            states = [self._attend_exact(q, exact, locations, meta)]
+        else:
+            states = self._attend_graded(q, meta, buffers)
+        out, _ = merge_states([s[0] for s in states], [s[1] for s in states], q.dtype)
+        return out
+
+    def _attend_graded(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> list[State]:
+        pruned, scores = self._prune(q, meta, buffers)
+        locations, fetch = self._fetch(pruned.exact, meta, buffers)
+        counts = {EXACT: pruned.exact.counts}
+        states: list[State] = []
+        if self.index_top_p is not None:
+            counts[INDEX] = pruned.index.counts
+            states.append(attend_index(scores, self.index, pruned.index, meta))
+        if self.config.tail == "mean":
+            states.append(attend_means(scores, pruned.grades, self.index, meta))
+        self._log(counts, fetch, pruned.mass)
+        states.append(self._attend_exact(q, pruned.exact, locations, meta))
+        return states
+
+    def _prune(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> tuple[Pruned, Tensor]:
+        """Select, estimate and grade every visible token."""
+        scale = self.cache.model.softmax_scale
+        block = self.index.candidate_block
+        view = LayerView(
+            self.layer,
+            self.index,
+            self.windows,
+            meta,
+            scale,
+            self.config.selector_budget,
+            block,
+        )
+        candidates = self.selector.select(q, view)
+        scores, lse = estimate_scores(
+            q,
+            self.index,
+            self.windows,
+            meta,
+            softmax_scale=scale,
+            candidates=candidates,
+            left_out="midpoint" if self.config.tail == "mean" else "drop",
+            scores=buffers.scores,
+        )
+        pruned = prune(
+            scores,
+            lse,
+            meta,
+            top_p=self.top_p,
+            index_top_p=self.index_top_p,
+            top_k=self.top_k,
+            group_rule=self.config.group_rule,
+            num_kv_heads=self.windows.num_kv_heads,
+            fetch_block=meta.page_size if self.config.fetch == "page" else 1,
+            candidates=candidates,
+            block=block,
+            out=buffers.pruned,
+            weights=buffers.weights,
+        )
+        return pruned, scores
+
+    def _fetch(
+        self, exact: RowLists, meta: StepMeta, buffers: StepBuffers
+    ) -> tuple[Tensor, FetchLists]:
+        """Resolve against the hot rows and start the gather of what they lack."""
+        counters = self.cache.log.counters[self.layer]
+        locations, fetch = resolve_rows(
+            exact,
+            self.tiers.hot,
+            meta,
+            locations=buffers.locations,
+            fetch=buffers.fetch,
+            counters=counters,
+        )
+        stream = self.cache.copy_stream
+        if stream is None:
+            with self.cache.log.time_link():
+                gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
+            return locations, fetch
+        stream.wait_stream(torch.cuda.current_stream(self.cache.device))
+        with torch.cuda.stream(stream), self.cache.log.time_link():
+            gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
+        return locations, fetch
+
+    def _attend_exact(self, q: Tensor, exact: RowLists, locations: Tensor, meta: StepMeta) -> State:
+        """Attend over resident and fetched rows, once the gather has landed."""
+        if self.cache.copy_stream is not None:
+            torch.cuda.current_stream(self.cache.device).wait_stream(self.cache.copy_stream)
+        return attend_rows(
+            q,
+            self.windows,
+            self.tiers.host,
+            exact,
+            locations,
+            meta,
+            softmax_scale=self.cache.model.softmax_scale,
+            counters=self.cache.log.counters[self.layer],
+        )
+
+    def _buffers(self, n: int) -> StepBuffers:
+        buffers = self.cache.buffers
+        assert buffers is not None and n <= buffers.scores.shape[0]
+        return buffers.first(n)
+
+    def _log(self, counts: dict[int, Tensor], fetch: FetchLists, mass: Tensor | None) -> None:
+        counts = {**counts, MISSED: fetch.counts, DIRECT: fetch.direct}
+        self.cache.log.record_layer(self.layer, counts, mass)
+
+
+def _shared(layer: int, configs: Sequence[SparseConfig]) -> SparseConfig:
+    """The config of a batch, whose members may differ in their p and k alone."""
+    first = configs[0]
+    for other in configs[1:]:
+        alike = other.replace(
+            attn_top_p=first.attn_top_p,
+            attn_top_k=first.attn_top_k,
+            index_top_p=first.index_top_p,
+            by_layer=first.by_layer,
+        )
+        if (
+            alike != first
+            or other.keeps_every_row != first.keeps_every_row
+            or (other.index_top_p is None) != (first.index_top_p is None)
+            or (other.attn_top_k is None) != (first.attn_top_k is None)
+        ):
+            raise ValueError(
+                f"layer {layer}: sequences of one batch may differ in attn_top_p (below 1), "
+                f"index_top_p and attn_top_k alone; got {first} and {other}"
+            )
+    return first

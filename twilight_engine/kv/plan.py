@@ -1,0 +1,148 @@
+"""The memory plan: what every tier of an engine needs, before any of it is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from twilight_engine.config import KVConfig
+from twilight_engine.kv.index import index_page_bytes
+from twilight_engine.layout import SLOTS_PER_CHUNK
+
+# Default hot rows as a share of the sparse layers' KV: 2-4 times the mean exact set of graded
+# attention (0.7-2.9 % of the context on real models), and more where no INT4 V exists and the
+# exact sets are larger.
+HOT_SHARE_WITH_V_INDEX = 1 / 16
+HOT_SHARE_WITHOUT_V_INDEX = 1 / 8
+
+
+class ModelShape(Protocol):
+    """What the plan reads of a model's config."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_q_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by tier, and the counts that follow from the budgets.
+
+    Attributes:
+        device: tier name -> bytes on the device (weights not included).
+        host: tier name -> bytes of host memory, pinned on a GPU.
+        num_pages: pages of the pool; a page is page_size tokens over all layers and heads.
+        pages_per_sequence: pages of one sequence of max_model_len tokens.
+        capacity: entries of a list of one KV head: max_model_len rounded up to a page.
+        hot_slots: hot-row slots of one sparse layer, a multiple of SLOTS_PER_CHUNK.
+    """
+
+    device: dict[str, int]
+    host: dict[str, int]
+    num_pages: int
+    pages_per_sequence: int
+    capacity: int
+    hot_slots: int
+    dense_layers: tuple[int, ...]
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+
+def dense_layer_set(model: ModelShape, kv_config: KVConfig) -> tuple[int, ...]:
+    """The dense layers of a model, checked against its depth.
+
+    Raises: ValueError for a layer the model does not have.
+    """
+    if kv_config.dense_layers == "all":
+        return tuple(range(model.num_layers))
+    beyond = [i for i in kv_config.dense_layers if i >= model.num_layers]
+    default = KVConfig().dense_layers
+    if beyond and kv_config.dense_layers != default:
+        raise ValueError(f"dense_layers names layers {beyond}; the model has {model.num_layers}")
+    return tuple(sorted({i for i in kv_config.dense_layers if i < model.num_layers}))
+
+
+def plan_memory(
+    model: ModelShape,
+    kv_config: KVConfig,
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    dtype_bytes: int,
+    prefill_chunk: int = 2048,
+) -> MemoryPlan:
+    """What an engine of this shape takes on the device and in host memory.
+
+    Raises: ValueError if host_bytes holds less than one page.
+    """
+    size, heads, dim = kv_config.page_size, model.num_kv_heads, model.head_dim
+    row = 2 * dim * dtype_bytes
+    page_bytes = model.num_layers * heads * size * row
+    per_sequence = -(-max_model_len // size)
+    num_pages = per_sequence * max_num_seqs
+    if kv_config.host_bytes is not None:
+        num_pages = min(num_pages, kv_config.host_bytes // page_bytes)
+        if num_pages < 1:
+            raise ValueError(
+                f"host_bytes is {kv_config.host_bytes}, less than one page of {page_bytes} bytes "
+                f"({size} tokens, {model.num_layers} layers, {heads} KV heads, head_dim {dim})"
+            )
+    dense = dense_layer_set(model, kv_config)
+    sparse = model.num_layers - len(dense)
+    capacity = per_sequence * size
+    layer_kv = num_pages * heads * size * row
+    slots = _hot_slots(kv_config, layer_kv, row, sparse, max_num_seqs * heads)
+    lists = max_num_seqs * capacity
+    device = {
+        "index": sparse
+        * num_pages
+        * index_page_bytes(heads, size, dim, kv_config.k_index, kv_config.v_index),
+        "windows": sparse
+        * max_num_seqs
+        * heads
+        * (kv_config.num_sink + kv_config.window_rows)
+        * row,
+        "hot rows": sparse * slots * (row + 8),
+        "slot maps": sparse * num_pages * heads * size * 4 if slots else 0,
+        "dense layers": len(dense) * layer_kv,
+        # scores; prune's weights, exact, index, location and two fetch lists; grades
+        "step buffers": lists * (model.num_q_heads * 4 + heads * (6 * 4 + 1)) if sparse else 0,
+        # one layer's K and V, and the hidden states of the whole prompt
+        "prefill": max_model_len * (heads * row + 2 * model.hidden_size * dtype_bytes),
+    }
+    return MemoryPlan(
+        device=device,
+        host={"arena": num_pages * page_bytes},
+        num_pages=num_pages,
+        pages_per_sequence=per_sequence,
+        capacity=capacity,
+        hot_slots=slots,
+        dense_layers=dense,
+    )
+
+
+def _hot_slots(
+    kv_config: KVConfig, layer_kv: int, row_bytes: int, sparse_layers: int, owners: int
+) -> int:
+    """Slots of one layer: the budget in whole chunks; the default gives each head one at least."""
+    if sparse_layers == 0:
+        return 0
+    chunk = SLOTS_PER_CHUNK * row_bytes
+    if kv_config.hot_bytes is not None:
+        return kv_config.hot_bytes // sparse_layers // chunk * SLOTS_PER_CHUNK
+    with_v = kv_config.v_index == "int4"
+    share = HOT_SHARE_WITH_V_INDEX if with_v else HOT_SHARE_WITHOUT_V_INDEX
+    return max(owners, int(layer_kv * share) // chunk) * SLOTS_PER_CHUNK

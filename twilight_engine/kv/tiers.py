@@ -1,0 +1,135 @@
+"""A layer's tiers and a step's buffers, and how they are allocated from the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twilight_engine.config import KVConfig
+from twilight_engine.kv.hot_rows import allocate_hot_rows
+from twilight_engine.kv.index import allocate_index
+from twilight_engine.kv.plan import MemoryPlan, ModelShape
+from twilight_engine.layout import (
+    NO_ROW,
+    FetchLists,
+    HotRows,
+    IndexPages,
+    Pruned,
+    RowLists,
+    Windows,
+)
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """One layer's tiers; a dense layer has `pages`, the others windows, index and hot rows."""
+
+    host: Tensor  # [Hkv, P, S, 2 * D] on the CPU, pinned and mapped on a GPU
+    pages: Tensor | None  # [Hkv, P, S, 2 * D] on the device
+    windows: Windows | None
+    index: IndexPages | None
+    hot: HotRows | None
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """What a step of a sparse layer writes, at fixed addresses; shared by all layers."""
+
+    scores: Tensor  # [N, Hq, C] float32
+    weights: Tensor  # [N, Hkv, C] float32, scratch of prune
+    pruned: Pruned
+    locations: Tensor  # [N, Hkv, C] int32
+    fetch: FetchLists
+
+    def first(self, n: int) -> StepBuffers:
+        """The buffers of a step with n query rows."""
+        if n == self.scores.shape[0]:
+            return self
+        lists, fetch = self.pruned, self.fetch
+        return StepBuffers(
+            self.scores[:n],
+            self.weights[:n],
+            Pruned(
+                RowLists(lists.exact.tokens[:n], lists.exact.counts[:n]),
+                RowLists(lists.index.tokens[:n], lists.index.counts[:n]),
+                lists.grades[:n],
+                lists.mass[:n],
+            ),
+            self.locations[:n],
+            FetchLists(fetch.src[:n], fetch.dst[:n], fetch.counts[:n], fetch.direct[:n]),
+        )
+
+
+@dataclass(frozen=True)
+class TierShape:
+    """Allocates the tiers of a model's layers as planned."""
+
+    model: ModelShape
+    config: KVConfig
+    plan: MemoryPlan
+    max_num_seqs: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def dense_layer(self, host: Tensor) -> LayerKV:
+        """A layer whose pages all stay on the device; `host` is its view of the arena."""
+        return LayerKV(host, torch.zeros_like(host, device=self.device), None, None, None)
+
+    def sparse_layer(self, host: Tensor, step: Tensor) -> LayerKV:
+        """A layer with windows, index and hot rows; `step` is the shared step counter."""
+        heads, dim, config = self.model.num_kv_heads, self.model.head_dim, self.config
+        window_rows = self.max_num_seqs * heads * (config.num_sink + config.window_rows)
+        rows = torch.zeros(
+            window_rows + self.plan.hot_slots, 2 * dim, dtype=self.dtype, device=self.device
+        )
+        index = allocate_index(
+            self.plan.num_pages,
+            heads,
+            config.page_size,
+            dim,
+            config.k_index,
+            config.v_index,
+            self.device,
+        )
+        hot = None
+        if self.plan.hot_slots:
+            hot = allocate_hot_rows(
+                num_slots=self.plan.hot_slots,
+                first_row=window_rows,
+                num_kv_heads=heads,
+                num_pages=self.plan.num_pages,
+                page_size=config.page_size,
+                num_seq_slots=self.max_num_seqs,
+                step=step,
+                device=self.device,
+            )
+        windows = Windows(rows, heads, config.num_sink, config.window_rows)
+        return LayerKV(host, None, windows, index, hot)
+
+    def step_buffers(self) -> StepBuffers:
+        """Buffers for max_num_seqs query rows of capacity tokens."""
+        n, heads, capacity = self.max_num_seqs, self.model.num_kv_heads, self.plan.capacity
+
+        def ints() -> Tensor:
+            return torch.full((n, heads, capacity), NO_ROW, dtype=torch.int32, device=self.device)
+
+        def counts() -> Tensor:
+            return torch.zeros(n, heads, dtype=torch.int32, device=self.device)
+
+        def floats(heads: int) -> Tensor:
+            return torch.zeros(n, heads, capacity, device=self.device)
+
+        return StepBuffers(
+            scores=floats(self.model.num_q_heads),
+            weights=floats(heads),
+            pruned=Pruned(
+                exact=RowLists(ints(), counts()),
+                index=RowLists(ints(), counts()),
+                grades=torch.zeros(n, heads, capacity, dtype=torch.uint8, device=self.device),
+                mass=torch.zeros(n, heads, device=self.device),
+            ),
+            locations=ints(),
+            fetch=FetchLists(ints(), ints(), counts(), counts()),
+        )

@@ -1,0 +1,255 @@
+"""Counters of decode steps: rows by grade, cache hits, bytes and link time, one definition each.
+
+Kernels and copies count on the device; the host reads a block of steps at a time, never within one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twilight_engine.layout import NUM_COUNTERS
+
+# Columns of a step's counts, by layer, sequence and KV head.
+EXACT, INDEX, MISSED, DIRECT = range(4)
+NUM_COUNTS = 4
+
+Array = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Decode steps of a run as arrays; T steps, L layers, H KV heads, one sequence.
+
+    Attributes:
+        context: [T] tokens visible in the step, its own included.
+        exact: [T, L, H] exact rows beyond the resident ones (0 in dense layers).
+        index: [T, L, H] rows with INT4 K and V.
+        tail: [T, L, H] rows of the lowest grade: page means, or dropped under `renormalise`.
+        resident: [T, L, H] sinks and window rows (all rows in dense layers).
+        missed: [T, L, H] exact rows fetched into a hot slot in this step.
+        direct: [T, L, H] exact rows that found no slot and were read from the host by attention.
+        mass: [T, L, H] estimated mass of the exact grade, resident rows included; 1 if dense.
+        counters: [T, L, NUM_COUNTERS] bytes and rows counted in the step by what moved them, for
+            the whole batch (layout.COUNTER_*).
+        link_seconds: [T] time the fetches and streams kept the link busy, whole batch.
+        batch: [T] sequences in the step.
+        batch_context: [T] sum of the contexts of the step's sequences.
+    """
+
+    context: Array
+    exact: Array
+    index: Array
+    tail: Array
+    resident: Array
+    missed: Array
+    direct: Array
+    mass: NDArray[np.float32]
+    counters: Array
+    link_seconds: NDArray[np.float64]
+    batch: Array
+    batch_context: Array
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the exact rows beyond the resident ones that were in a hot slot already."""
+        wanted = int(self.exact.sum())
+        if wanted == 0:
+            return 1.0
+        return 1.0 - (int(self.missed.sum()) + int(self.direct.sum())) / wanted
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One sequence in one step: who, how many tokens it sees, and where its window starts."""
+
+    sequence_id: int
+    context: int
+    window_start: int
+
+
+@dataclass
+class _Block:
+    """Steps that were copied to the host."""
+
+    sequences: list[list[Visit]]  # by step
+    counts: Array  # [T, L, B, H, NUM_COUNTS]
+    mass: NDArray[np.float32]  # [T, L, B, H]
+    counters: Array  # [T, L, NUM_COUNTERS]
+    link_seconds: list[float]
+
+
+@dataclass
+class StepLog:
+    """Per-step, per-layer, per-head counts of an engine; device buffers of `block_steps` steps.
+
+    Reading synchronises once a block; a step only copies small tensors on its own stream.
+    """
+
+    num_layers: int
+    max_num_seqs: int
+    num_kv_heads: int
+    dense_layers: tuple[int, ...]
+    sliding_windows: tuple[int | None, ...]
+    num_sink: int
+    device: torch.device
+    block_steps: int = 128
+    counters: Tensor = field(init=False)
+    _blocks: list[_Block] = field(init=False, default_factory=list)
+    _pending: list[list[Visit]] = field(init=False, default_factory=list)
+    _link: list[list[Callable[[], float]]] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        shape = (self.block_steps, self.num_layers, self.max_num_seqs, self.num_kv_heads)
+        # Cumulative, counted on the device: [num_layers, NUM_COUNTERS].
+        self.counters = torch.zeros(
+            self.num_layers, NUM_COUNTERS, dtype=torch.int64, device=self.device
+        )
+        self._counts = torch.zeros(*shape, NUM_COUNTS, dtype=torch.int32, device=self.device)
+        self._mass = torch.ones(shape, dtype=torch.float32, device=self.device)
+        # The counters before and after each step; what prefill counts in between is not a step's.
+        self._totals = torch.zeros(
+            2,
+            self.block_steps,
+            self.num_layers,
+            NUM_COUNTERS,
+            dtype=torch.int64,
+            device=self.device,
+        )
+
+    def begin_step(self, sequences: list[Visit]) -> None:
+        """Start a step over these sequences, in batch order."""
+        if len(self._pending) == self.block_steps:
+            self.flush()
+        row = len(self._pending)
+        self._counts[row].zero_()
+        self._mass[row].fill_(1.0)
+        self._totals[0, row].copy_(self.counters)
+        self._pending.append(sequences)
+        self._link.append([])
+
+    def record_layer(self, layer: int, counts: dict[int, Tensor], mass: Tensor | None) -> None:
+        """Keep a layer's counts (column -> [B, H] int32) and mass ([B, H])."""
+        row = self._counts[len(self._pending) - 1, layer]
+        for column, values in counts.items():
+            row[: values.shape[0], :, column].copy_(values)
+        if mass is not None:
+            self._mass[len(self._pending) - 1, layer, : mass.shape[0]].copy_(mass)
+
+    def end_step(self) -> None:
+        """Close the step: its counters are what was added since begin_step."""
+        self._totals[1, len(self._pending) - 1].copy_(self.counters)
+
+    def time_link(self) -> LinkTimer:
+        """A context manager around the copies that use the link, on the current stream."""
+        return LinkTimer(self.device, self._link[-1])
+
+    def _tokens(self, layer: int, visit: Visit) -> tuple[int, int]:
+        """Visible and resident tokens of a layer."""
+        window = self.sliding_windows[layer]
+        start = 0 if window is None else max(0, visit.context - window)
+        visible = visit.context - start
+        if layer in self.dense_layers:
+            return visible, visible
+        listed = max(0, visit.window_start - max(start, self.num_sink))
+        return visible, visible - listed
+
+    def flush(self) -> None:
+        """Copy what the device holds to the host; waits for the steps to finish."""
+        steps = len(self._pending)
+        if steps == 0:
+            return
+        totals = self._totals[:, :steps].cpu().numpy()
+        self._blocks.append(
+            _Block(
+                sequences=self._pending,
+                counts=self._counts[:steps].cpu().numpy().astype(np.int64),
+                mass=self._mass[:steps].cpu().numpy().copy(),
+                counters=totals[1] - totals[0],
+                link_seconds=[sum(read() for read in reads) for reads in self._link],
+            )
+        )
+        self._pending, self._link = [], []
+
+    def clear(self) -> None:
+        """Forget every step (the cumulative counters stay)."""
+        self.flush()
+        self._blocks = []
+
+    def request(self, sequence_id: int) -> Steps:
+        """All steps of one sequence."""
+        self.flush()
+        rows = [
+            (block, t, b)
+            for block in self._blocks
+            for t, sequences in enumerate(block.sequences)
+            for b, visit in enumerate(sequences)
+            if visit.sequence_id == sequence_id
+        ]
+        layers, heads = self.num_layers, self.num_kv_heads
+        counts = np.zeros((len(rows), layers, heads, NUM_COUNTS), dtype=np.int64)
+        mass = np.ones((len(rows), layers, heads), dtype=np.float32)
+        counters = np.zeros((len(rows), layers, NUM_COUNTERS), dtype=np.int64)
+        visible = np.zeros((len(rows), layers, heads), dtype=np.int64)
+        resident = np.zeros_like(visible)
+        context = np.zeros(len(rows), dtype=np.int64)
+        for i, (block, t, b) in enumerate(rows):
+            counts[i], mass[i] = block.counts[t, :, b], block.mass[t, :, b]
+            counters[i] = block.counters[t]
+            visit = block.sequences[t][b]
+            context[i] = visit.context
+            for layer in range(layers):
+                visible[i, layer], resident[i, layer] = self._tokens(layer, visit)
+        exact, index = counts[..., EXACT], counts[..., INDEX]
+        return Steps(
+            context=context,
+            exact=exact,
+            index=index,
+            tail=np.maximum(visible - resident - exact - index, 0),
+            resident=resident,
+            missed=counts[..., MISSED],
+            direct=counts[..., DIRECT],
+            mass=mass,
+            counters=counters,
+            link_seconds=np.array([block.link_seconds[t] for block, t, _ in rows]),
+            batch=np.array([len(block.sequences[t]) for block, t, _ in rows], dtype=np.int64),
+            batch_context=np.array(
+                [sum(v.context for v in block.sequences[t]) for block, t, _ in rows],
+                dtype=np.int64,
+            ),
+        )
+
+
+class LinkTimer:
+    """Times what runs inside it: by events on the current stream of a GPU, else by the clock."""
+
+    def __init__(self, device: torch.device, reads: list[Callable[[], float]]) -> None:
+        self._cuda = device.type == "cuda"
+        self._reads = reads
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            self._start = torch.cuda.Event(enable_timing=True)
+            self._start.record()
+        else:
+            self._started = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        if self._cuda:
+            start, end = self._start, torch.cuda.Event(enable_timing=True)
+            end.record()
+
+            def read() -> float:
+                end.synchronize()
+                return float(start.elapsed_time(end)) / 1e3
+
+            self._reads.append(read)
+        else:
+            seconds = time.perf_counter() - self._started
+            self._reads.append(lambda: seconds)
