@@ -2,6 +2,7 @@
 
 A chunk's state is (o [G, D], max [G], sum [G]) with o not yet divided by sum. `reassoc`,
 `contract` and `nsz` let LLVM vectorise the dot products; infinities and nans keep their meaning.
+Rows are passed as (array, row number): a slice a row would cost more than its arithmetic.
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ VECTORISE = {"reassoc", "contract", "nsz"}
 
 
 @njit(cache=True, fastmath=VECTORISE)
-def score_row(q, row, softmax_scale, scores, i):  # type: ignore[no-untyped-def]
-    """scores[g, i] = softmax_scale * q[g] . K of the row."""
+def score_row(q, rows, row, softmax_scale, scores, i):  # type: ignore[no-untyped-def]
+    """scores[g, i] = softmax_scale * q[g] . K of rows[row]."""
     for g in range(q.shape[0]):
         dot = np.float32(0)
         for d in range(q.shape[1]):
-            dot += q[g, d] * row[d]
+            dot += q[g, d] * rows[row, d]
         scores[g, i] = dot * softmax_scale
 
 
 @njit(cache=True, fastmath=VECTORISE)
-def add_row(out, weights, i, row, first):  # type: ignore[no-untyped-def]
-    """out[g] += weights[g, i] * row[first:]."""
+def add_row(out, weights, i, rows, row, first):  # type: ignore[no-untyped-def]
+    """out[g] += weights[g, i] * rows[row, first:]."""
     for g in range(out.shape[0]):
         w = weights[g, i]
         for d in range(out.shape[1]):
-            out[g, d] += w * row[first + d]
+            out[g, d] += w * rows[row, first + d]
 
 
 @njit(cache=True)

@@ -36,16 +36,16 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
         exponentiate(weights, length, chunk_state[n, h, c])
         out = chunk_out[n, h, c]
         out[:] = np.float32(0)
-        v = np.empty(head_dim, np.float32)
+        v = np.empty((1, head_dim), np.float32)
         for i in range(length):
             t = tokens[n, h, first + i]
             page, offset = table[query_seq[n], t // page_size], t % page_size
             scale, low = scales[n, h, first + i, 0], scales[n, h, first + i, 1]
             for j in range(head_dim // 2):
                 code = codes[page, h, offset, j]
-                v[2 * j] = low + scale * np.float32(code & 15)
-                v[2 * j + 1] = low + scale * np.float32(code >> 4)
-            add_row(out, weights, i, v, 0)
+                v[0, 2 * j] = low + scale * np.float32(code & 15)
+                v[0, 2 * j + 1] = low + scale * np.float32(code >> 4)
+            add_row(out, weights, i, v, 0, 0)
 
 
 def _listed_scales(

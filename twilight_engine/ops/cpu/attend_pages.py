@@ -31,18 +31,19 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
             continue
         first = ctx_starts[n] + c * CHUNK_TOKENS
         pages = table[query_seq[n]]
+        q_h, rows_h = q[n, h], rows[h]
         scores = np.empty((group, CHUNK_TOKENS), np.float32)
         for i in range(length):
             t = first + i
             row = np.int64(pages[t // page_size]) * page_size + t % page_size
-            score_row(q[n, h], rows[h, row], scale, scores, i)
+            score_row(q_h, rows_h, row, scale, scores, i)
         exponentiate(scores, length, chunk_state[n, h, c])
         out = chunk_out[n, h, c]
         out[:] = np.float32(0)
         for i in range(length):
             t = first + i
             row = np.int64(pages[t // page_size]) * page_size + t % page_size
-            add_row(out, scores, i, rows[h, row], head_dim)
+            add_row(out, scores, i, rows_h, row, head_dim)
 
 
 def attend_pages(

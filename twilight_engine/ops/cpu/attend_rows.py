@@ -62,34 +62,37 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
         direct_rows[n, h, c] = 0
         if length <= 0:
             continue
+        q_h, host_h = q[n, h], host[h]
+        span, listed, where = spans[n], tokens[n, h], locations[n, h]
+        pages = table[query_seq[n]]
         near = np.empty(CHUNK_TOKENS, np.bool_)
         row = np.empty(CHUNK_TOKENS, np.int64)
         scores = np.empty((group, CHUNK_TOKENS), np.float32)
         for i in range(length):
             near[i], row[i] = _locate(
                 c * CHUNK_TOKENS + i,
-                spans[n],
+                span,
                 first_rows[n, h],
                 num_sink,
                 window_rows,
-                tokens[n, h],
-                locations[n, h],
-                table[query_seq[n]],
+                listed,
+                where,
+                pages,
                 page_size,
             )
             if near[i]:
-                score_row(q[n, h], pool[row[i]], scale, scores, i)
+                score_row(q_h, pool, row[i], scale, scores, i)
             else:
-                score_row(q[n, h], host[h, row[i]], scale, scores, i)
+                score_row(q_h, host_h, row[i], scale, scores, i)
                 direct_rows[n, h, c] += 1
         exponentiate(scores, length, chunk_state[n, h, c])
         out = chunk_out[n, h, c]
         out[:] = np.float32(0)
         for i in range(length):
             if near[i]:
-                add_row(out, scores, i, pool[row[i]], head_dim)
+                add_row(out, scores, i, pool, row[i], head_dim)
             else:
-                add_row(out, scores, i, host[h, row[i]], head_dim)
+                add_row(out, scores, i, host_h, row[i], head_dim)
 
 
 def _resident_spans(meta: StepMeta) -> NDArray[np.int64]:

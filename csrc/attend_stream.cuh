@@ -1,0 +1,122 @@
+// A split_attend worker that streams rows into shared memory and attends to them.
+//
+// Each warp has its own ring of tiles, filled by cp.async 16 bytes at a time, so that warps never
+// wait for each other and 8-16 KB a warp are in flight while a tile is computed. A Source says
+// where the rows are: `num_items(n, h)`, `open(segment)`, `peek(i)`, which loads what is needed to
+// find item i of the open segment a tile early and waits for nothing, and `row(peeked, direct)`,
+// its address (null for a default Peeked), with direct set where it is read over the link.
+#pragma once
+
+#include "csrc/row_tile.cuh"
+
+namespace twilight {
+
+__device__ __forceinline__ void copy_async(uint32_t to, const char* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+template <typename T, int kD, class Source>
+struct RowStream {
+  using Bytes = RowBytes<T, kD>;
+  static constexpr int kHeadDim = kD;
+  static constexpr int kParts = 1;
+  static constexpr int kUnitItems = kSplitWarps * kTileRows;
+  // As many stages as leave two blocks of head_dim 128 on a Hopper multiprocessor (101 KB each)
+  // and fit the 163 KB of an A100 at head_dim 256 (131 KB).
+  static constexpr int kStages = Bytes::kTile <= 8704 ? 3 : Bytes::kTile <= 17408 ? 2 : 1;
+  static constexpr int kRingBytes = kSplitWarps * kStages * Bytes::kTile;
+  static constexpr int kPartBytes = kSplitWarps * kHeadTile * (kD + 4) * 4;
+  static constexpr int kSharedBytes = kRingBytes > kPartBytes ? kRingBytes : kPartBytes;
+
+  Source& source;
+  const T* q;    // [N, Hq, D]
+  int num_q_heads;
+  float scale;   // softmax_scale * log2(e)
+  char* ring;    // the warp's tiles
+  unsigned long long direct_rows = 0;  // same in all lanes of the warp
+  RowTile<T, kD> tile;
+
+  __device__ RowStream(Source& source, const void* q, int num_q_heads, float softmax_scale,
+                       char* shared)
+      : source(source),
+        q(static_cast<const T*>(q)),
+        num_q_heads(num_q_heads),
+        scale(softmax_scale * kLog2e),
+        ring(shared + threadIdx.x / 32 * kStages * Bytes::kTile) {}
+
+  __device__ int num_items(int n, int h) const { return source.num_items(n, h); }
+
+  // What a tile's rows need to be found, in lanes 0..15 and again in 16..31.
+  __device__ typename Source::Peeked peek(int first, int last) const {
+    const int item = first + threadIdx.x % kTileRows;
+    return item < last ? source.peek(item) : typename Source::Peeked{};
+  }
+
+  // Starts the copy of a tile's rows; returns a bit for each row there is.
+  __device__ uint32_t copy_tile(int stage, const typename Source::Peeked& peeked) {
+    constexpr int kChunks = Bytes::kRow / 16;
+    const int lane = threadIdx.x % 32;
+    bool direct = false;
+    const char* row = source.row(peeked, direct);
+    direct_rows += __popc(__ballot_sync(0xffffffffu, direct) & 0xffffu);
+    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(ring + stage * Bytes::kTile));
+#pragma unroll
+    for (int j = 0; j < kTileRows * kChunks / 32; ++j) {
+      const int r = (j * 32 + lane) / kChunks, chunk = (j * 32 + lane) % kChunks;
+      const char* from = reinterpret_cast<const char*>(
+          __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(row), r));
+      const bool valid = from != nullptr;
+      copy_async(to + r * Bytes::kStride + chunk * 16,
+                 valid ? from + chunk * 16 : reinterpret_cast<const char*>(q), valid);
+    }
+    return __ballot_sync(0xffffffffu, row != nullptr) & 0xffffu;
+  }
+
+  __device__ void attend(const Segment& segment, int first, int last) {
+    source.open(segment);
+    tile.start(q + (int64_t{segment.n} * num_q_heads + segment.first_head) * kD, segment.num_heads);
+    first += threadIdx.x / 32 * kTileRows;
+    const int tiles = first < last ? (last - first + kUnitItems - 1) / kUnitItems : 0;
+    uint64_t valid = 0;  // 16 bits a tile in flight, the oldest lowest
+    auto peeked = peek(first, last);
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) {
+      if (s < tiles) valid |= uint64_t{copy_tile(s, peeked)} << (16 * s);
+      commit_copies();
+      peeked = peek(first + (s + 1) * kUnitItems, last);
+    }
+    int fill = kStages - 1, use = 0;
+    for (int t = 0; t < tiles; ++t) {
+      if (t + kStages - 1 < tiles) {
+        valid |= uint64_t{copy_tile(fill, peeked)} << (16 * (kStages - 1));
+      }
+      commit_copies();
+      peeked = peek(first + (t + kStages) * kUnitItems, last);
+      wait_copies<kStages - 1>();
+      __syncwarp();
+      tile.add(ring + use * Bytes::kTile, static_cast<uint32_t>(valid) & 0xffffu, scale);
+      __syncwarp();
+      valid >>= 16;
+      fill = fill + 1 == kStages ? 0 : fill + 1;
+      use = use + 1 == kStages ? 0 : use + 1;
+    }
+    wait_copies<0>();
+  }
+
+  __device__ void store_state(SplitShared& shared) {
+    tile.store_state(shared.max[threadIdx.x / 32], shared.sum[threadIdx.x / 32]);
+  }
+
+  __device__ void store_out(float* parts) const {
+    tile.store_out(parts + threadIdx.x / 32 * kHeadTile * (kD + 4));
+  }
+};
+
+}  // namespace twilight

@@ -1,0 +1,36 @@
+// Sizes and buffers that the attention kernels share: segments, partial states and results.
+#pragma once
+
+#include <cstdint>
+
+namespace twilight {
+
+constexpr int kHeadTile = 8;         // query heads that share one pass; HEAD_TILE in attend_workspace.py
+constexpr int kMaxSplitBlocks = 2048;  // blocks of one launch, whose weights the merge keeps in shared memory
+
+// A segment is one (query row n, KV head h, tile of kHeadTile query heads of the group), in that
+// order; there are num_queries * num_kv_heads * ceil(group / kHeadTile).
+struct SplitWork {
+  int num_queries;   // N
+  int num_kv_heads;  // Hkv
+  int group;         // G = Hq / Hkv
+  int num_blocks;    // persistent blocks, <= kMaxSplitBlocks
+  float* workspace;  // slots * kHeadTile * (D + 2) + segments + 1, slots = num_blocks + segments
+  float* out;        // [N, Hq, D]
+  float* lse;        // [N, Hq]
+};
+
+// What the kernels read of layout.StepMeta; all int32.
+struct StepView {
+  const int* page_table;     // [B, max_pages]
+  const int* seq_slots;      // [B]
+  const int* window_starts;  // [B]
+  const int* query_seq;      // [N]
+  const int* positions;      // [N]
+  const int* ctx_starts;     // [N]
+  int max_pages;
+  int page_size;
+  int num_sink;
+};
+
+}  // namespace twilight
