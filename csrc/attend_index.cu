@@ -6,7 +6,6 @@
 // lane, so that all heads of a group share each load. scale is folded into a token's weight, and
 // sum w * min is one number a head. Bytes a token: D / 2 + 4 of index, 4 of list, 4 G of scores.
 #include "csrc/attend_index.h"
-
 #include "csrc/split_attend.cuh"
 
 namespace twilight {
@@ -22,8 +21,8 @@ template <int kD>
 struct IndexWorker {
   static constexpr int kHeadDim = kD;
   static constexpr int kUnitItems = kSplitWarps * kStepTokens;
-  static constexpr int kLanes = kD / 8;        // lanes of a token
-  static constexpr int kParts = 32 / kLanes;   // tokens of a warp's load
+  static constexpr int kLanes = kD / 8;       // lanes of a token
+  static constexpr int kParts = 32 / kLanes;  // tokens of a warp's load
   static constexpr int kLoads = (kStepTokens + kParts - 1) / kParts;
   static constexpr int kSharedBytes = kSplitWarps * kParts * kHeadTile * (kD + 4) * 4;
 
@@ -45,7 +44,8 @@ struct IndexWorker {
     const int lane = threadIdx.x % 32, hkv = params.work.num_kv_heads;
     const int* tokens =
         params.tokens + (int64_t{segment.n} * hkv + segment.h) * params.list_capacity;
-    const int* pages = step.page_table + int64_t{step.query_seq[segment.n]} * step.max_pages;
+    const int* pages =
+        step.page_table + int64_t{step.query_seq[segment.n]} * step.page_table_stride;
     const float* scores =
         params.scores +
         (int64_t{segment.n} * hkv * params.work.group + segment.first_head) * params.score_capacity;
@@ -80,9 +80,8 @@ struct IndexWorker {
                      : 0;
     }
     // Row 0 may be of a page never indexed: 0 * nan must not reach a weight.
-    const float2 affine = listed
-                              ? __half22float2(static_cast<const __half2*>(params.v_scale)[row])
-                              : make_float2(0.f, 0.f);
+    const float2 affine = listed ? __half22float2(static_cast<const __half2*>(params.v_scale)[row])
+                                 : make_float2(0.f, 0.f);
 #pragma unroll
     for (int g = 0; g < kHeadTile; ++g) {
       if (g >= num_heads) break;

@@ -6,7 +6,6 @@
 // to 64 tokens, at a time: two tokens a lane for the mass of every head, then two channels a lane
 // of v_mean, each times the mass. Bytes a token: 1 of grades, 4 G of scores; 2 D a slice.
 #include "csrc/attend_means.h"
-
 #include "csrc/split_attend.cuh"
 
 namespace twilight {
@@ -53,7 +52,8 @@ struct MeansWorker {
   __device__ void attend(const Segment& segment, int first_item, int last_item) {
     const StepView& step = params.step;
     const int hkv = params.work.num_kv_heads, slices = slices_per_page();
-    const int* pages = step.page_table + int64_t{step.query_seq[segment.n]} * step.max_pages;
+    const int* pages =
+        step.page_table + int64_t{step.query_seq[segment.n]} * step.page_table_stride;
     const float* scores =
         params.scores +
         (int64_t{segment.n} * hkv * params.work.group + segment.first_head) * params.score_capacity;

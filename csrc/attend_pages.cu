@@ -7,7 +7,6 @@
 //
 // Source: Flash-Decoding.
 #include "csrc/attend_pages.h"
-
 #include "csrc/attend_stream.cuh"
 
 namespace twilight {
@@ -27,7 +26,7 @@ struct PageSource {
   __device__ void open(const Segment& segment) {
     const int b = params.step.query_seq[segment.n];
     head_pages = static_cast<const char*>(params.pages) + segment.h * params.head_bytes;
-    pages = params.step.page_table + int64_t{b} * params.step.max_pages;
+    pages = params.step.page_table + int64_t{b} * params.step.page_table_stride;
     first_token = params.step.ctx_starts[segment.n];
   }
 
@@ -78,8 +77,8 @@ cudaError_t launch_attend_pages(const AttendPagesParams& params, cudaStream_t st
   return TWILIGHT_DISPATCH_ROW(params.row_dtype, T, {
     return TWILIGHT_DISPATCH_HEAD_DIM(params.head_dim, {
       using Worker = PageWorker<T, kD>;
-      return launch_split(attend_pages_kernel<T, kD>, params, params.work, kD,
-                          Worker::kSharedBytes, stream);
+      return launch_split(attend_pages_kernel<T, kD>, params, params.work, kD, Worker::kSharedBytes,
+                          stream);
     });
   });
 }

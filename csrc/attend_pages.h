@@ -9,10 +9,10 @@ namespace twilight {
 
 struct AttendPagesParams {
   SplitWork work;
-  StepView step;       // page_table: that of `pages`
-  const void* q;       // [N, Hq, D] of the row dtype
-  const void* pages;   // [Hkv, P, S, 2 * D] of the row dtype
-  int64_t head_bytes;  // from one KV head's pages to the next's
+  StepView step;            // page_table: that of `pages`
+  const void* q;            // [N, Hq, D] of the row dtype
+  const void* pages;        // [Hkv, P, S, 2 * D] of the row dtype
+  int64_t head_bytes;       // from one KV head's pages to the next's
   int64_t* streamed_bytes;  // grows by the bytes read, or null
   float softmax_scale;
   int head_dim;   // 64, 80, 96, 128 or 256

@@ -8,7 +8,6 @@
 //
 // Source: Flash-Decoding; stream-K.
 #include "csrc/attend_rows.h"
-
 #include "csrc/attend_stream.cuh"
 
 namespace twilight {
@@ -17,11 +16,11 @@ namespace {
 template <typename T, int kD>
 struct ListSource {
   const AttendRowsParams& params;
-  const char* host = nullptr;       // the head's pages
-  const int* pages = nullptr;       // the sequence's
-  const int* tokens = nullptr;      // the segment's list
+  const char* host = nullptr;   // the head's pages
+  const int* pages = nullptr;   // the sequence's
+  const int* tokens = nullptr;  // the segment's list
   const int* locations = nullptr;
-  int first_row = 0;                // of the sequence slot and head's window rows
+  int first_row = 0;  // of the sequence slot and head's window rows
   int first_sink = 0, num_sinks = 0;
   int first_recent = 0, num_recent = 0;
 
@@ -45,11 +44,11 @@ struct ListSource {
     const int64_t list = (int64_t{segment.n} * hkv + segment.h) * params.capacity;
     resident(segment.n, first_sink, num_sinks, first_recent, num_recent);
     host = static_cast<const char*>(params.host_kv) + segment.h * params.host_head_bytes;
-    pages = params.step.page_table + int64_t{b} * params.step.max_pages;
+    pages = params.step.page_table + int64_t{b} * params.step.page_table_stride;
     tokens = params.tokens + list;
     locations = params.locations + list;
-    first_row = (params.step.seq_slots[b] * hkv + segment.h) *
-                (params.step.num_sink + params.window_rows);
+    first_row =
+        (params.step.seq_slots[b] * hkv + segment.h) * (params.step.num_sink + params.window_rows);
   }
 
   struct Peeked {
@@ -85,9 +84,8 @@ template <typename T, int kD>
 __global__ void __launch_bounds__(kSplitThreads) attend_rows_kernel(AttendRowsParams params) {
   extern __shared__ __align__(16) char shared[];
   ListSource<T, kD> source{params};
-  RowStream<T, kD, ListSource<T, kD>> worker(source, params.q,
-                                             params.work.num_kv_heads * params.work.group,
-                                             params.softmax_scale, shared);
+  RowStream<T, kD, ListSource<T, kD>> worker(
+      source, params.q, params.work.num_kv_heads * params.work.group, params.softmax_scale, shared);
   split_attend(worker, params.work, reinterpret_cast<float*>(shared));
   if (params.direct_bytes != nullptr && threadIdx.x % 32 == 0 && worker.direct_rows > 0) {
     atomicAdd(reinterpret_cast<unsigned long long*>(params.direct_bytes),
@@ -101,8 +99,8 @@ cudaError_t launch_attend_rows(const AttendRowsParams& params, cudaStream_t stre
   return TWILIGHT_DISPATCH_ROW(params.row_dtype, T, {
     return TWILIGHT_DISPATCH_HEAD_DIM(params.head_dim, {
       using Worker = RowStream<T, kD, ListSource<T, kD>>;
-      return launch_split(attend_rows_kernel<T, kD>, params, params.work, kD,
-                          Worker::kSharedBytes, stream);
+      return launch_split(attend_rows_kernel<T, kD>, params, params.work, kD, Worker::kSharedBytes,
+                          stream);
     });
   });
 }

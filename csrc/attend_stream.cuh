@@ -16,7 +16,9 @@ __device__ __forceinline__ void copy_async(uint32_t to, const char* from, bool v
                "r"(valid ? 16 : 0)
                : "memory");
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -36,10 +38,10 @@ struct RowStream {
   static constexpr int kSharedBytes = kRingBytes > kPartBytes ? kRingBytes : kPartBytes;
 
   Source& source;
-  const T* q;    // [N, Hq, D]
+  const T* q;  // [N, Hq, D]
   int num_q_heads;
-  float scale;   // softmax_scale * log2(e)
-  char* ring;    // the warp's tiles
+  float scale;                         // softmax_scale * log2(e)
+  char* ring;                          // the warp's tiles
   unsigned long long direct_rows = 0;  // same in all lanes of the warp
   RowTile<T, kD> tile;
 
@@ -66,7 +68,8 @@ struct RowStream {
     bool direct = false;
     const char* row = source.row(peeked, direct);
     direct_rows += __popc(__ballot_sync(0xffffffffu, direct) & 0xffffu);
-    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(ring + stage * Bytes::kTile));
+    const uint32_t to =
+        static_cast<uint32_t>(__cvta_generic_to_shared(ring + stage * Bytes::kTile));
 #pragma unroll
     for (int j = 0; j < kTileRows * kChunks / 32; ++j) {
       const int r = (j * 32 + lane) / kChunks, chunk = (j * 32 + lane) % kChunks;

@@ -5,9 +5,8 @@
 // and D * itemsize written a row.
 //
 // Source: Flash-Decoding.
-#include "csrc/merge_states.h"
-
 #include "csrc/common.cuh"
+#include "csrc/merge_states.h"
 
 namespace twilight {
 namespace {

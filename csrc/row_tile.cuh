@@ -117,8 +117,8 @@ struct RowTile {
     for (int j = 0; j < 2; ++j) {
       const float a = p[2 * j], b = p[2 * j + 1];
       high[j] = transpose_matrix(pack2(a, b, T{}));
-      low[j] = transpose_matrix(pack2(a - to_float(from_float<T>(a)),
-                                      b - to_float(from_float<T>(b)), T{}));
+      low[j] = transpose_matrix(
+          pack2(a - to_float(from_float<T>(a)), b - to_float(from_float<T>(b)), T{}));
     }
     const uint32_t v_at = base + (matrix / 2 * 8 + lane % 8) * Bytes::kStride +
                           kD * static_cast<int>(sizeof(T)) + matrix % 2 * 16;

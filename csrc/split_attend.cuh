@@ -204,7 +204,8 @@ __global__ void __launch_bounds__(kSplitThreads) merge_kernel(SplitWork work, in
   const int* starts = segment_starts(work, head_dim);
   const int64_t first = starts[index], last = starts[index + 1];
   const int64_t total = starts[num_segments(work)];
-  const int64_t row = int64_t{segment.n} * work.num_kv_heads * work.group + segment.first_head + head;
+  const int64_t row =
+      int64_t{segment.n} * work.num_kv_heads * work.group + segment.first_head + head;
   if (first == last) {
     for (int c = tid; c < head_dim; c += kSplitThreads) work.out[row * head_dim + c] = 0.f;
     if (tid == 0) work.lse[row] = kNegInf;
@@ -263,8 +264,8 @@ template <typename Kernel, typename Params>
 cudaError_t launch_split(Kernel kernel, const Params& params, const SplitWork& work, int head_dim,
                          int shared_bytes, cudaStream_t stream) {
   if (work.num_blocks < 1 || work.num_blocks > kMaxSplitBlocks) return cudaErrorInvalidValue;
-  cudaError_t status = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
   kernel<<<work.num_blocks, kSplitThreads, shared_bytes, stream>>>(params);
   status = cudaGetLastError();
@@ -277,16 +278,31 @@ cudaError_t launch_split(Kernel kernel, const Params& params, const SplitWork& w
 }  // namespace
 
 // Calls body with kD bound to a supported head_dim; others give cudaErrorInvalidValue.
-#define TWILIGHT_DISPATCH_HEAD_DIM(head_dim, ...)           \
-  [&]() -> cudaError_t {                                    \
-    switch (head_dim) {                                     \
-      case 64: { constexpr int kD = 64; __VA_ARGS__; }      \
-      case 80: { constexpr int kD = 80; __VA_ARGS__; }      \
-      case 96: { constexpr int kD = 96; __VA_ARGS__; }      \
-      case 128: { constexpr int kD = 128; __VA_ARGS__; }    \
-      case 256: { constexpr int kD = 256; __VA_ARGS__; }    \
-    }                                                       \
-    return cudaErrorInvalidValue;                           \
+#define TWILIGHT_DISPATCH_HEAD_DIM(head_dim, ...) \
+  [&]() -> cudaError_t {                          \
+    switch (head_dim) {                           \
+      case 64: {                                  \
+        constexpr int kD = 64;                    \
+        __VA_ARGS__;                              \
+      }                                           \
+      case 80: {                                  \
+        constexpr int kD = 80;                    \
+        __VA_ARGS__;                              \
+      }                                           \
+      case 96: {                                  \
+        constexpr int kD = 96;                    \
+        __VA_ARGS__;                              \
+      }                                           \
+      case 128: {                                 \
+        constexpr int kD = 128;                   \
+        __VA_ARGS__;                              \
+      }                                           \
+      case 256: {                                 \
+        constexpr int kD = 256;                   \
+        __VA_ARGS__;                              \
+      }                                           \
+    }                                             \
+    return cudaErrorInvalidValue;                 \
   }()
 
 }  // namespace twilight

@@ -5,8 +5,9 @@
 
 namespace twilight {
 
-constexpr int kHeadTile = 8;         // query heads that share one pass; HEAD_TILE in attend_workspace.py
-constexpr int kMaxSplitBlocks = 2048;  // blocks of one launch, whose weights the merge keeps in shared memory
+constexpr int kHeadTile = 8;  // query heads that share one pass; HEAD_TILE in attend_workspace.py
+constexpr int kMaxSplitBlocks =
+    2048;  // blocks of one launch, whose weights the merge keeps in shared memory
 
 // A segment is one (query row n, KV head h, tile of kHeadTile query heads of the group), in that
 // order; there are num_queries * num_kv_heads * ceil(group / kHeadTile).
@@ -22,13 +23,13 @@ struct SplitWork {
 
 // What the kernels read of layout.StepMeta; all int32.
 struct StepView {
-  const int* page_table;     // [B, max_pages]
+  const int* page_table;     // [B, P_max]
   const int* seq_slots;      // [B]
   const int* window_starts;  // [B]
   const int* query_seq;      // [N]
   const int* positions;      // [N]
   const int* ctx_starts;     // [N]
-  int max_pages;
+  int64_t page_table_stride;
   int page_size;
   int num_sink;
 };

@@ -268,3 +268,101 @@ def prune(
     expand_pages: bool,
     stream: int,
 ) -> None: ...
+
+class SplitWork:
+    def __init__(
+        self,
+        *,
+        num_queries: int,
+        num_kv_heads: int,
+        group: int,
+        num_blocks: int,
+        workspace: int,
+        out: int,
+        lse: int,
+    ) -> None: ...
+
+class StepView:
+    def __init__(
+        self,
+        *,
+        page_table: int,
+        seq_slots: int,
+        window_starts: int,
+        query_seq: int,
+        positions: int,
+        ctx_starts: int,
+        page_table_stride: int,
+        page_size: int,
+        num_sink: int,
+    ) -> None: ...
+
+def attend_pages(
+    *,
+    work: SplitWork,
+    step: StepView,
+    q: int,
+    pages: int,
+    head_bytes: int,
+    streamed_bytes: int,
+    softmax_scale: float,
+    head_dim: int,
+    row_dtype: int,
+    stream: int,
+) -> None: ...
+def attend_rows(
+    *,
+    work: SplitWork,
+    step: StepView,
+    q: int,
+    pool: int,
+    host_kv: int,
+    host_head_bytes: int,
+    tokens: int,
+    counts: int,
+    locations: int,
+    direct_bytes: int,
+    capacity: int,
+    window_rows: int,
+    softmax_scale: float,
+    head_dim: int,
+    row_dtype: int,
+    stream: int,
+) -> None: ...
+def attend_index(
+    *,
+    work: SplitWork,
+    step: StepView,
+    scores: int,
+    v_codes: int,
+    v_scale: int,
+    tokens: int,
+    counts: int,
+    score_capacity: int,
+    list_capacity: int,
+    head_dim: int,
+    stream: int,
+) -> None: ...
+def attend_means(
+    *,
+    work: SplitWork,
+    step: StepView,
+    scores: int,
+    grades: int,
+    v_mean: int,
+    score_capacity: int,
+    grade_capacity: int,
+    head_dim: int,
+    stream: int,
+) -> None: ...
+def merge_states(
+    *,
+    outs: Sequence[int],
+    lses: Sequence[int],
+    out: int,
+    lse: int,
+    rows: int,
+    head_dim: int,
+    row_dtype: int,
+    stream: int,
+) -> None: ...

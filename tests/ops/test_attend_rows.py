@@ -69,6 +69,8 @@ def run(
     want = reference(*args, softmax_scale=0.2, counters=want_counters)
     compare(out, want[0])
     compare(lse, want[1])
+    if device.type == "cuda":  # each tile of 8 query heads reads the rows
+        want_counters *= -(-case.group // 8)
     assert torch.equal(counters, want_counters)
     if share == EVERY:
         dense = dense_reference(q, host_kv, meta.page_table, meta, softmax_scale=0.2)

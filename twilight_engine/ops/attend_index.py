@@ -43,10 +43,26 @@ def attend_index(
     launch.check_shape("index_list.tokens", index_list.tokens, (n, hkv, None))
     for name, tensor in (("tokens", index_list.tokens), ("counts", index_list.counts)):
         launch.check_dtype(f"index_list.{name}", tensor, torch.int32)
+    if not index_list.tokens.is_contiguous():
+        raise ValueError(f"index_list.tokens has strides {index_list.tokens.stride()}")
     out, lse = ws.state_tensors(n, hq, head_dim, scores.device, out, lse)
     if n == 0:
         return out, lse
-    if scores.is_cuda:
-        raise NotImplementedError("attend_index on CUDA")
-    cpu.attend_index(scores, index, index_list, meta, out, lse)
+    if not scores.is_cuda:
+        cpu.attend_index(scores, index, index_list, meta, out, lse)
+        return out, lse
+    work, _keep = ws.split_work("index", hkv, out, lse, workspace)
+    launch.kernels().attend_index(
+        work=work,
+        step=ws.step_view(meta),
+        scores=launch.ptr(scores),
+        v_codes=launch.ptr(index.v_codes),
+        v_scale=launch.ptr(index.v_scale),
+        tokens=launch.ptr(index_list.tokens),
+        counts=launch.ptr(index_list.counts),
+        score_capacity=scores.shape[2],
+        list_capacity=index_list.tokens.shape[2],
+        head_dim=head_dim,
+        stream=launch.current_stream(scores),
+    )
     return out, lse

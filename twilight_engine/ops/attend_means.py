@@ -38,14 +38,30 @@ def attend_means(
     Source: graded attention, docs/method.md; see csrc/attend_means.cu.
     """
     n, hq, head_dim = ws.check_scores(scores, index, meta)
-    launch.check_shape("grades", grades, (n, index.k_codes.shape[1], None))
+    hkv = index.k_codes.shape[1]
+    launch.check_shape("grades", grades, (n, hkv, None))
     launch.check_dtype("grades", grades, torch.uint8)
-    if not grades.is_contiguous():
-        raise ValueError("grades is not contiguous")
+    if grades.shape[2] < meta.max_len or not grades.is_contiguous():
+        raise ValueError(
+            f"grades holds {grades.shape[2]} tokens, strides {grades.stride()}; it must be "
+            f"contiguous and hold max_len ({meta.max_len})"
+        )
     out, lse = ws.state_tensors(n, hq, head_dim, scores.device, out, lse)
     if n == 0:
         return out, lse
-    if scores.is_cuda:
-        raise NotImplementedError("attend_means on CUDA")
-    cpu.attend_means(scores, grades, index, meta, out, lse)
+    if not scores.is_cuda:
+        cpu.attend_means(scores, grades, index, meta, out, lse)
+        return out, lse
+    work, _keep = ws.split_work("means", hkv, out, lse, workspace)
+    launch.kernels().attend_means(
+        work=work,
+        step=ws.step_view(meta),
+        scores=launch.ptr(scores),
+        grades=launch.ptr(grades),
+        v_mean=launch.ptr(index.v_mean),
+        score_capacity=scores.shape[2],
+        grade_capacity=grades.shape[2],
+        head_dim=head_dim,
+        stream=launch.current_stream(scores),
+    )
     return out, lse

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twilight_engine.layout import StepMeta
+from twilight_engine.layout import COUNTER_STREAMED_BYTES, StepMeta
 from twilight_engine.ops import attend_workspace as ws
 from twilight_engine.ops import launch
 from twilight_engine.ops.cpu import attend_pages as cpu
@@ -53,8 +53,21 @@ def attend_pages(
     out, lse = ws.state_tensors(n, hq, head_dim, q.device, out, lse)
     if n == 0:
         return out, lse
-    if q.is_cuda:
-        raise NotImplementedError("attend_pages on CUDA")
-    ws.check_cpu_dtype(q)
-    cpu.attend_pages(q, pages, page_table, meta, softmax_scale, counters, out, lse)
+    if not q.is_cuda:
+        ws.check_cpu_dtype(q)
+        cpu.attend_pages(q, pages, page_table, meta, softmax_scale, counters, out, lse)
+        return out, lse
+    work, _keep = ws.split_work("rows", hkv, out, lse, workspace)
+    launch.kernels().attend_pages(
+        work=work,
+        step=ws.step_view(meta, page_table),
+        q=launch.ptr(q),
+        pages=launch.ptr(pages),
+        head_bytes=pages.stride(0) * pages.element_size(),
+        streamed_bytes=ws.counter(counters, COUNTER_STREAMED_BYTES),
+        softmax_scale=softmax_scale,
+        head_dim=head_dim,
+        row_dtype=launch.row_dtype("q", q),
+        stream=launch.current_stream(q),
+    )
     return out, lse

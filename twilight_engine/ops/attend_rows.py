@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twilight_engine.layout import RowLists, StepMeta, Windows
+from twilight_engine.layout import COUNTER_DIRECT_BYTES, RowLists, StepMeta, Windows
 from twilight_engine.ops import attend_workspace as ws
 from twilight_engine.ops import launch
 from twilight_engine.ops.cpu import attend_rows as cpu
@@ -59,14 +59,38 @@ def attend_rows(
     for name, tensor in (("tokens", exact.tokens), ("counts", exact.counts)):
         launch.check_dtype(f"exact.{name}", tensor, torch.int32)
     launch.check_dtype("locations", locations, torch.int32)
+    for name, tensor in (("exact.tokens", exact.tokens), ("locations", locations)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
     if meta.num_sink != windows.num_sink:
         raise ValueError(f"meta.num_sink is {meta.num_sink}; windows has {windows.num_sink}")
     ws.check_rows_layout("host_kv", host_kv)
     out, lse = ws.state_tensors(n, hq, head_dim, q.device, out, lse)
     if n == 0:
         return out, lse
-    if q.is_cuda:
-        raise NotImplementedError("attend_rows on CUDA")
-    ws.check_cpu_dtype(q)
-    cpu.attend_rows(q, windows, host_kv, exact, locations, meta, softmax_scale, counters, out, lse)
+    if not q.is_cuda:
+        ws.check_cpu_dtype(q)
+        cpu.attend_rows(
+            q, windows, host_kv, exact, locations, meta, softmax_scale, counters, out, lse
+        )
+        return out, lse
+    work, _keep = ws.split_work("rows", hkv, out, lse, workspace)
+    launch.kernels().attend_rows(
+        work=work,
+        step=ws.step_view(meta),
+        q=launch.ptr(q),
+        pool=launch.ptr(windows.rows),
+        host_kv=launch.ptr(host_kv),
+        host_head_bytes=host_kv.stride(0) * host_kv.element_size(),
+        tokens=launch.ptr(exact.tokens),
+        counts=launch.ptr(exact.counts),
+        locations=launch.ptr(locations),
+        direct_bytes=ws.counter(counters, COUNTER_DIRECT_BYTES),
+        capacity=exact.tokens.shape[2],
+        window_rows=windows.window_rows,
+        softmax_scale=softmax_scale,
+        head_dim=head_dim,
+        row_dtype=launch.row_dtype("q", q),
+        stream=launch.current_stream(q),
+    )
     return out, lse

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from twilight_engine.layout import IndexPages, StepMeta
+from twilight_engine.layout import NUM_COUNTERS, IndexPages, StepMeta
 from twilight_engine.ops import launch
 
-HEAD_TILE = 8  # query heads that share one pass over K and V; kHeadTile in csrc/split_attend.cuh
-BLOCKS_PER_SM = 2  # persistent blocks a multiprocessor holds at head_dim 128
+if TYPE_CHECKING:
+    from twilight_engine import _C
+
+HEAD_TILE = 8  # query heads that share one pass over K and V; kHeadTile in csrc/split_attend.h
+# Persistent blocks a multiprocessor holds: rows at head_dim 128 by shared memory (101 KB a block),
+# the others by registers. More would run as a second, uneven wave.
+BLOCKS_PER_SM = {"rows": 2, "index": 3, "means": 4}
 
 
 @lru_cache
-def num_blocks(device_index: int) -> int:
+def num_blocks(kind: str, device: torch.device) -> int:
     """Persistent blocks of a split-KV kernel on this GPU."""
-    return BLOCKS_PER_SM * torch.cuda.get_device_properties(device_index).multi_processor_count
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return BLOCKS_PER_SM[kind] * count
 
 
 def attend_workspace_floats(
@@ -30,24 +37,60 @@ def attend_workspace_floats(
     """
     group = num_q_heads // num_kv_heads
     segments = num_queries * num_kv_heads * -(-group // HEAD_TILE)
-    blocks = num_blocks(device.index or 0)
+    blocks = max(num_blocks(kind, device) for kind in BLOCKS_PER_SM)
     return (blocks + segments) * HEAD_TILE * (head_dim + 2) + segments + 1
 
 
-def workspace_for(
-    workspace: Tensor | None, n: int, hq: int, hkv: int, head_dim: int, device: torch.device
-) -> Tensor:
-    """The workspace given, checked, or a new one."""
-    needed = attend_workspace_floats(n, hq, hkv, head_dim, device)
+def split_work(
+    kind: str, num_kv_heads: int, out: Tensor, lse: Tensor, workspace: Tensor | None
+) -> tuple[_C.SplitWork, Tensor]:
+    """The kernels' view of sizes and results, and the workspace to keep until the launch."""
+    n, hq, head_dim = out.shape
+    needed = attend_workspace_floats(n, hq, num_kv_heads, head_dim, out.device)
     if workspace is None:
-        return torch.empty(needed, dtype=torch.float32, device=device)
+        workspace = torch.empty(needed, dtype=torch.float32, device=out.device)
     launch.check_dtype("workspace", workspace, torch.float32)
-    if workspace.numel() < needed or workspace.device != device:
+    if workspace.numel() < needed or workspace.device != out.device:
         raise ValueError(
             f"workspace has {workspace.numel()} elements on {workspace.device}; "
-            f"at least {needed} on {device} are needed"
+            f"at least {needed} on {out.device} are needed"
         )
-    return workspace
+    work = launch.kernels().SplitWork(
+        num_queries=n,
+        num_kv_heads=num_kv_heads,
+        group=hq // num_kv_heads,
+        num_blocks=num_blocks(kind, out.device),
+        workspace=launch.ptr(workspace),
+        out=launch.ptr(out),
+        lse=launch.ptr(lse),
+    )
+    return work, workspace
+
+
+def step_view(meta: StepMeta, page_table: Tensor | None = None) -> _C.StepView:
+    """The kernels' view of a step, with another page table if one is given."""
+    table = meta.page_table if page_table is None else page_table
+    view: _C.StepView = launch.kernels().StepView(
+        page_table=launch.ptr(table),
+        seq_slots=launch.ptr(meta.seq_slots),
+        window_starts=launch.ptr(meta.window_starts),
+        query_seq=launch.ptr(meta.query_seq),
+        positions=launch.ptr(meta.positions),
+        ctx_starts=launch.ptr(meta.ctx_starts),
+        page_table_stride=table.stride(0),
+        page_size=meta.page_size,
+        num_sink=meta.num_sink,
+    )
+    return view
+
+
+def counter(counters: Tensor | None, column: int) -> int:
+    """The address of one counter; 0 for None."""
+    if counters is None:
+        return 0
+    launch.check_shape("counters", counters, (NUM_COUNTERS,))
+    launch.check_dtype("counters", counters, torch.int64)
+    return launch.ptr(counters) + column * counters.element_size()
 
 
 def check_queries(q: Tensor, meta: StepMeta) -> tuple[int, int, int]:
@@ -73,6 +116,8 @@ def check_scores(scores: Tensor, index: IndexPages, meta: StepMeta) -> tuple[int
     launch.check_dtype("scores", scores, torch.float32)
     if not scores.is_contiguous():
         raise ValueError(f"scores has strides {scores.stride()}; it must be contiguous")
+    if scores.shape[2] < meta.max_len:
+        raise ValueError(f"scores holds {scores.shape[2]} tokens; max_len is {meta.max_len}")
     check_heads(scores.shape[1], index.k_codes.shape[1], "index")
     launch.check_head_dim(index.head_dim)
     if index.page_size != meta.page_size:

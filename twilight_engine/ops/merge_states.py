@@ -56,9 +56,19 @@ def merge_states(
     launch.row_dtype("out", out)
     launch.check_shape("lse", lse, shape[:2])
     launch.check_dtype("lse", lse, torch.float32)
-    if outs[0].is_cuda:
-        raise NotImplementedError("merge_states on CUDA")
-    merged, merged_lse = reference.merge_states(outs, lses, dtype)
-    out.copy_(merged)
-    lse.copy_(merged_lse)
+    if not outs[0].is_cuda:
+        merged, merged_lse = reference.merge_states(outs, lses, dtype)
+        out.copy_(merged)
+        lse.copy_(merged_lse)
+    elif out.numel() > 0:
+        launch.kernels().merge_states(
+            outs=[launch.ptr(o) for o in outs],
+            lses=[launch.ptr(s) for s in lses],
+            out=launch.ptr(out),
+            lse=launch.ptr(lse),
+            rows=shape[0] * shape[1],
+            head_dim=shape[2],
+            row_dtype=launch.row_dtype("out", out),
+            stream=launch.current_stream(out),
+        )
     return out, lse
