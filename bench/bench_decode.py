@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,8 +27,8 @@ from torch import Tensor
 from bench.harness import record
 from twilight_engine.config import PRESETS, KVConfig, SparseConfig
 from twilight_engine.kv.cache import KVCache, SequenceKV
-from twilight_engine.loaders import load_model
 from twilight_engine.models.decoder import DecoderModel
+from twilight_engine.models.load import load_model
 from twilight_engine.runtime.runner import Runner
 
 PREFILL_CHUNK = 8192
@@ -143,6 +146,23 @@ def measure(model: DecoderModel, case: Case, context: int, steps: int) -> dict[s
             torch.cuda.empty_cache()
 
 
+def random_model(shape: str, logit_std: float) -> DecoderModel:
+    """A model of this shape with random weights: bfloat16 on a GPU, float32 on a CPU."""
+    on_gpu = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(SHAPES[shape]))
+        loaded = load_model(
+            folder,
+            dtype=torch.bfloat16 if on_gpu else torch.float32,
+            device="cuda" if on_gpu else "cpu",
+            load_format="dummy",
+        )
+    with torch.inference_mode():
+        scale_queries(loaded.model, logit_std)
+    return loaded.model
+
+
 def scale_queries(model: DecoderModel, logit_std: float) -> None:
     """Scale the merged QKV weights so that the attention logits of random states have this std."""
     config = model.config
@@ -201,16 +221,10 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu and not args.no_transformers:
         measure_transformers(SHAPES[args.shape], args.context, 14)
-    loaded = load_model(
-        SHAPES[args.shape],
-        dtype=torch.bfloat16 if on_gpu else torch.float32,
-        device="cuda" if on_gpu else "cpu",
-        load_format="dummy",
-    )
+    model = random_model(args.shape, args.logit_std)
     with torch.inference_mode():
-        scale_queries(loaded.model, args.logit_std)
         for case in cases():
-            metrics = measure(loaded.model, case, args.context, args.steps)
+            metrics = measure(model, case, args.context, args.steps)
             record("decode", f"{case.name}/{args.context}", metrics)
 
 

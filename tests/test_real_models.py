@@ -7,15 +7,16 @@ TWILIGHT_QWEN_GGUF and TWILIGHT_TEXT may name a Qwen2.5-Coder GGUF file and a lo
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from twilight_engine.config import PRESETS, KVConfig, SparseConfig
-from twilight_engine.eval.needle import build_prompt
+from twilight_engine.eval.needle import needle_prompt
 from twilight_engine.kv.cache import KVCache
-from twilight_engine.loaders import LoadedModel, load_model
+from twilight_engine.models.load import LoadedModel, load_model
 from twilight_engine.runtime.runner import Runner
 
 STEPS = 32
@@ -41,12 +42,13 @@ def qwen() -> Path:
 def text_ids(loaded: LoadedModel) -> list[int]:
     """CONTEXT + STEPS tokens of English."""
     assert loaded.tokenizer is not None
+    encode = partial(loaded.tokenizer.encode, add_special_tokens=False)
     wanted = CONTEXT + STEPS
     if path := os.environ.get("TWILIGHT_TEXT"):
         text = Path(path).read_text(encoding="utf-8")[50_000 : 50_000 + 8 * wanted]
     else:
-        text = build_prompt(loaded.tokenizer, min_tokens=wanted + 200).text
-    return loaded.tokenizer.encode(text, add_special_tokens=False)[:wanted]
+        text = needle_prompt(lambda part: len(encode(part)), num_tokens=wanted).message
+    return encode(text)[:wanted]
 
 
 def forced(
