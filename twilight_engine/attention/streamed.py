@@ -14,6 +14,7 @@ from twilight_engine.layout import COUNTER_STREAMED_BYTES, NO_ROW, RowLists, Ste
 from twilight_engine.ops.attend_pages import attend_pages
 from twilight_engine.ops.attend_rows import attend_rows
 from twilight_engine.ops.merge_states import merge_states
+from twilight_engine.telemetry import EXACT, MISSED
 
 NUM_BUFFERS = 2  # one is attended over while the next layer's rows arrive in the other
 
@@ -86,6 +87,9 @@ class StreamedAttention:
             ctx_starts=meta.ctx_starts.clamp(min=meta.num_sink),
         )
         states = [attend_pages(q, self._view(staging), self._table, old, softmax_scale=scale)]
+        listed = (old.positions + 1 - old.ctx_starts).clamp(min=0).int()
+        rows = listed[:, None].expand(-1, self.cache.model.num_kv_heads)
+        self.cache.log.record_layer(layer, {EXACT: rows, MISSED: rows}, None)
         tiers = self.cache.layers[layer]
         assert tiers.windows is not None and self._no_list is not None
         exact, locations = self._no_list
