@@ -13,7 +13,7 @@ from twilight_engine.kv.errors import HostMemoryError, OutOfPages
 from twilight_engine.loaders.errors import CheckpointError
 
 # What a wrong option raises; click, or typer's copy of it, depending on the version.
-ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # type: ignore[assignment]
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 TRACEBACK = "TWILIGHT_TRACEBACK"
 

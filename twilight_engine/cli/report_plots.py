@@ -19,7 +19,7 @@ GRADE_COLOURS = {
 DENSE_COLOUR, MOVED_COLOUR = "#8a94a0", "#d1495b"
 MOST_LABELLED_HEADS = 8  # beyond, the numbers in the heat map no longer fit their cells
 DARK = 0.45  # of the colour map, from here on white text reads better
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
