@@ -29,7 +29,10 @@ def pick_device(device: str | torch.device) -> torch.device:
     Raises: ValueError for a device that is not there, RuntimeError for a GPU without kernels.
     """
     if device != "auto":
-        chosen = torch.device(device)
+        try:
+            chosen = torch.device(device)
+        except RuntimeError:  # torch knows no such kind of device
+            chosen = torch.device("meta")
         if chosen.type not in ("cpu", "cuda"):
             raise ValueError(f"device is {device!r}; allowed: 'auto', 'cpu', 'cuda', 'cuda:N'")
         if chosen.type == "cuda" and not torch.cuda.is_available():
