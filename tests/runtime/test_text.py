@@ -6,25 +6,12 @@ import itertools
 from typing import Any
 
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
 
-from twilight_engine.loaders.tokenizer import Tokenizer
+from tests.runtime.tiny import byte_tokenizer
 from twilight_engine.runtime.sampling_params import SamplingParams
 from twilight_engine.runtime.text import OutputText
-
-
-def byte_tokenizer() -> Tokenizer:
-    """A token a byte, and <end> as a special one."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<end>"])
-    return Tokenizer(backend, special_tokens={"eos_token": "<end>"})
-
 
 TOKENIZER = byte_tokenizer()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterator, Sequence
+from inspect import GEN_CLOSED, getgeneratorstate
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
@@ -261,12 +261,7 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def _admit(
@@ -286,7 +281,7 @@ class LLM:
     def _check_idle(self) -> None:
         if self._closed:
             raise RuntimeError("the LLM is closed")
-        if self._run is not None and self._run.gi_frame is not None:
+        if self._run is not None and getgeneratorstate(self._run) != GEN_CLOSED:
             raise RuntimeError("the LLM is busy; finish or close the stream that runs first")
 
     def _start(self, requests: list[Request], progress: RunProgress) -> Generator[None, None, None]:
