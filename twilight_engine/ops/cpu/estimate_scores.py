@@ -1,4 +1,8 @@
-"""estimate_scores on a CPU: INT4 dots in numba, a chunk of pages of one KV head a task."""
+"""estimate_scores on a CPU: INT4 dots in numba.
+
+One thread: a layer takes a few ms, and a second pool of threads beside torch's, whose workers spin
+for a while after each operator, cost up to a hundred times that on two busy cores.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,6 @@ from torch import Tensor
 from twilight_engine.layout import IndexPages, StepMeta, Windows
 from twilight_engine.ops.cpu.halves import half_bits, halves_to_floats
 
-CHUNK_TOKENS = 1024  # of one KV head a task: some 100 us, so that threads stay evenly loaded
 Floats = NDArray[np.float32]
 # Sums may be reordered, so that they vectorise; infinities and NaNs keep their meaning.
 REORDER = {"reassoc", "contract"}
@@ -61,32 +64,31 @@ def _fold_channels(q: Floats, scale: Floats, low: Floats, folded: Floats, base: 
         base[g] = _dot(q[g], low)
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(cache=True)
 def _list_scores(  # type: ignore[no-untyped-def]
     q, codes, scale_bits, bounds_bits, per_channel, page_table, query_seq, first, last,
-    candidates, block, drop, chunk_pages, scores,
+    candidates, block, drop, scores,
 ):  # fmt: skip
     """q [N, Hkv, G, D], pre-scaled; list tokens of row n are first[n] <= t < last[n]."""
     n_rows, heads, group, dim = q.shape
     half = dim // 2
     size = codes.shape[2] // half
-    chunks = -(-scores.shape[2] // (size * chunk_pages))
     runs = -(-size // block)
-    for task in numba.prange(n_rows * heads * chunks):
-        n, h, chunk = task // (heads * chunks), task // chunks % heads, task % chunks
-        begin = max(first[n] // size, chunk * chunk_pages)
-        end = min(-(-last[n] // size), (chunk + 1) * chunk_pages)
-        if begin >= end or first[n] >= last[n]:
+    scratch, row = np.empty(dim, np.uint32), np.empty(dim, np.float32)
+    ones = np.ones(dim, np.float32)
+    scale, low = np.empty(dim, np.float32), np.empty(dim, np.float32)
+    folded = np.empty((group, dim), np.float32)
+    base = np.empty(group, np.float32)  # q . min; of int4_token, the sum of q
+    pair, pair_scratch = np.empty(2, np.float32), np.empty(2, np.uint32)
+    even, odd = np.empty(size * half, np.float32), np.empty(size * half, np.float32)
+    dots = np.empty((group, size), np.float32)
+    for task in range(n_rows * heads):
+        n, h = task // heads, task % heads
+        if first[n] >= last[n]:
             continue
-        scratch, row = np.empty(dim, np.uint32), np.empty(dim, np.float32)
-        scale, low = np.ones(dim, np.float32), np.zeros(dim, np.float32)
-        folded = np.empty((group, dim), np.float32)
-        base, q_sum = np.empty(group, np.float32), np.zeros(group, np.float32)
-        pair, pair_scratch = np.empty(2, np.float32), np.empty(2, np.uint32)
-        even, odd = np.empty(size * half, np.float32), np.empty(size * half, np.float32)
-        dots = np.empty((group, size), np.float32)
-        _fold_channels(q[n, h], scale, scale, folded, q_sum)  # int4_token: folded = q
-        for p in range(begin, end):
+        if not per_channel:
+            _fold_channels(q[n, h], ones, ones, folded, base)
+        for p in range(first[n] // size, -(-last[n] // size)):
             page = page_table[query_seq[n], p]
             if per_channel:
                 halves_to_floats(scale_bits[page, h, 0], scratch, scale)
@@ -121,7 +123,7 @@ def _list_scores(  # type: ignore[no-untyped-def]
                         if per_channel:
                             value = dots[g, t] + base[g]
                         else:
-                            value = pair[0] * dots[g, t] + pair[1] * q_sum[g]
+                            value = pair[0] * dots[g, t] + pair[1] * base[g]
                         scores[n, h * group + g, t0 + t] = value
 
 
@@ -150,8 +152,7 @@ def estimate_scores(
     lse: Tensor,
 ) -> None:
     """Writes scores and lse; see ops.estimate_scores."""
-    size, heads = meta.page_size, windows.num_kv_heads
-    scaled = (q * softmax_scale).view(q.shape[0], heads, -1, q.shape[2])
+    scaled = (q * softmax_scale).view(q.shape[0], windows.num_kv_heads, -1, q.shape[2])
     seq = meta.query_seq.long()
     window_start = meta.window_starts[seq]
     last = torch.minimum(meta.positions + 1, window_start)
@@ -170,7 +171,6 @@ def estimate_scores(
         np.empty((0, 0, 0), np.uint8) if candidates is None else candidates.numpy(),
         index.candidate_block,
         left_out == "drop",
-        max(1, CHUNK_TOKENS // size),
         scores[..., : meta.max_len].numpy(),
     )
     starts, stops = meta.ctx_starts.tolist(), (meta.positions + 1).tolist()

@@ -1,9 +1,8 @@
-"""prune on a CPU: torch for the exponentials, NumPy's vectorised sort for the thresholds."""
+"""prune on a CPU: torch for the exponentials, numba for the thresholds."""
 
 from __future__ import annotations
 
-from typing import Any
-
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,24 +21,46 @@ from twilight_engine.layout import (
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float32]
+BIN_SHIFT = 18  # 32 bins an octave, so that few values are left to sort
+NUM_BINS = 1 << (31 - BIN_SHIFT)
+NOT_CANDIDATE = -1.0  # a weight below every threshold
 
 
-def _threshold_set(w: Floats, resident_mass: float, candidate: Mask, p: float) -> Mask:
+@numba.njit(cache=True)
+def _threshold(w: Floats, needed: float) -> float:
+    """The largest tau with sum of {w >= tau} >= needed; 0 if there is none. Negative w: not there.
+
+    A histogram over the leading bits, whose order is w's, finds the bin; only that bin is sorted.
+    """
+    bits = w.view(np.int32)
+    mass = np.zeros(NUM_BINS, np.float64)
+    for i in range(w.shape[0]):
+        if bits[i] >= 0:
+            mass[bits[i] >> BIN_SHIFT] += w[i]
+    above, found = 0.0, NUM_BINS - 1
+    while found >= 0 and above + mass[found] < needed:
+        above += mass[found]
+        found -= 1
+    inside = np.sort(w[(bits >> BIN_SHIFT) == found])
+    for i in range(inside.shape[0] - 1, -1, -1):
+        above += inside[i]
+        if above >= needed:
+            return float(inside[i])
+    return float(inside[0]) if inside.shape[0] else 0.0
+
+
+def _threshold_set(w: Floats, resident_mass: float, p: float) -> Mask:
     if p >= 1:
-        return candidate
+        return w >= 0
     needed = p - resident_mass
-    if needed <= 0:
-        return np.zeros_like(candidate)
-    ordered = np.sort(w[candidate])[::-1]
-    reached = int(np.searchsorted(np.cumsum(ordered, dtype=np.float64), needed))
-    return candidate & (w >= ordered[reached]) if reached < len(ordered) else candidate
+    return w >= _threshold(w, needed) if needed > 0 else np.zeros(len(w), np.bool_)
 
 
-def _largest_set(w: Floats, count: int, candidate: Mask) -> Mask:
-    places = np.flatnonzero(candidate)
+def _largest_set(w: Floats, count: int) -> Mask:
+    places = np.flatnonzero(w >= 0)
     if count >= len(places):
-        return candidate
-    chosen = np.zeros_like(candidate)
+        return w >= 0
+    chosen = np.zeros(len(w), np.bool_)
     if count > 0:
         values = w[places]
         least = np.partition(values, len(values) - count)[len(values) - count]
@@ -56,19 +77,24 @@ def _write(lists: RowLists, n: int, h: int, chosen: Mask, first: int) -> None:
 
 
 def _prune_head(
-    weights: Floats, edges: tuple[int, int], candidate: Mask, p: float, index_p: float, k: int
+    weights: Floats, edges: tuple[int, int], left_out: Mask | None, p: float, index_p: float, k: int
 ) -> tuple[Mask, Mask]:
     """Exact and index sets of one KV head: weights [rules, visible], list tokens edges[0]..[1]."""
     lo, hi = edges
-    exact, index = np.zeros_like(candidate), np.zeros_like(candidate)
-    for w in weights:
-        resident_mass = float(w[:lo].sum(dtype=np.float64) + w[hi:].sum(dtype=np.float64))
+    exact, index = np.zeros(hi - lo, np.bool_), np.zeros(hi - lo, np.bool_)
+    for visible in weights:
+        resident_mass = float(
+            visible[:lo].sum(dtype=np.float64) + visible[hi:].sum(dtype=np.float64)
+        )
+        w = visible[lo:hi]
+        if left_out is not None:
+            w = np.where(left_out, np.float32(NOT_CANDIDATE), w)
         if k > 0:
-            exact |= _largest_set(w[lo:hi], k - (len(w) - (hi - lo)), candidate)
+            exact |= _largest_set(w, k - (len(visible) - (hi - lo)))
         else:
-            exact |= _threshold_set(w[lo:hi], resident_mass, candidate, p)
+            exact |= _threshold_set(w, resident_mass, p)
         if index_p > 0:
-            index |= _threshold_set(w[lo:hi], resident_mass, candidate, index_p)
+            index |= _threshold_set(w, resident_mass, index_p)
     return exact, index
 
 
@@ -102,30 +128,33 @@ def prune(
         mean = by_head.mean(1, keepdim=True).numpy()
         rules = mean if group_rule == "mean" else by_head.numpy()
         tokens = torch.arange(first, last)
-        blocks = block_of(tokens, block, meta.page_size)
-        pages: NDArray[Any] = (tokens // meta.page_size).numpy()
         for h in range(num_kv_heads):
-            if candidates is None:
-                candidate = np.ones(last - first, dtype=np.bool_)
-            else:
-                candidate = (candidates[n, h, blocks] != 0).numpy()
+            left_out: Mask | None = None
+            if candidates is not None:
+                kept = candidates[n, h, block_of(tokens, block, meta.page_size)]
+                left_out = (kept == 0).numpy()
             exact, index = _prune_head(
                 rules[h],
                 (first - start, last - start),
-                candidate,
+                left_out,
                 float(top_p[b]),
                 0.0 if index_top_p is None else float(index_top_p[b]),
                 0 if top_k is None else int(top_k[b]),
             )
             if fetch_block > 1:
+                pages = (tokens // meta.page_size).numpy()
                 exact = np.isin(pages, pages[exact])
             index &= ~exact
-            grades = out.grades[n, h].numpy()
-            grades[start:stop] = GRADE_EXACT
-            dropped = ~candidate & np.isneginf(scores[n, h * group, first:last].numpy())
-            rest = np.where(dropped, GRADE_DROPPED, GRADE_TAIL)
-            grades[first:last] = np.where(exact, GRADE_EXACT, np.where(index, GRADE_INDEX, rest))
-            out.mass[n, h] = float(mean[h, 0][grades[start:stop] == GRADE_EXACT].sum())
+            grades = out.grades[n, h, start:stop].numpy()
+            grades[:] = GRADE_EXACT
+            listed = grades[first - start : last - start]
+            listed[:] = GRADE_TAIL
+            if left_out is not None:
+                dropped = np.isneginf(scores[n, h * group, first:last].numpy())
+                listed[left_out & dropped] = GRADE_DROPPED
+            listed[index] = GRADE_INDEX
+            listed[exact] = GRADE_EXACT
+            out.mass[n, h] = float(mean[h, 0][grades == GRADE_EXACT].sum())
             _write(out.exact, n, h, exact, first)
             if out.index.tokens.shape[2]:
                 _write(out.index, n, h, index, first)
