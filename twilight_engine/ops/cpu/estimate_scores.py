@@ -1,7 +1,7 @@
 """estimate_scores on a CPU: INT4 dots in numba.
 
-One thread: a layer takes a few ms, and a second pool of threads beside torch's, whose workers spin
-for a while after each operator, cost up to a hundred times that on two busy cores.
+One thread: a layer takes a few ms, and a second pool of threads beside torch's makes the two wait
+for each other where cores are few.
 """
 
 from __future__ import annotations
