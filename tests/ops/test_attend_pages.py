@@ -17,6 +17,7 @@ from tests.ops.attend_cases import (
 )
 from twilight_engine.layout import COUNTER_STREAMED_BYTES, NUM_COUNTERS
 from twilight_engine.ops.attend_pages import attend_pages
+from twilight_engine.ops.attend_workspace import attend_workspace_floats
 from twilight_engine.reference.attend_pages import attend_pages as reference
 
 
@@ -77,6 +78,23 @@ def test_a_large_score_does_not_overflow(device: torch.device) -> None:
     want = reference(q, pages, meta.page_table, meta, softmax_scale=5.0)
     compare(lse, want[1])
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.gpu
+def test_a_workspace_too_small_is_refused() -> None:
+    device = torch.device("cuda")
+    case = Case()
+    meta = make_meta(case, device)
+    pages = make_host_kv(case, torch.float32, device).to(device)
+    q = make_queries(case, meta, torch.float32)
+    table = meta.page_table
+    with pytest.raises(ValueError, match="workspace has 10 elements"):
+        workspace = torch.empty(10, device=device)
+        attend_pages(q, pages, table, meta, softmax_scale=1.0, workspace=workspace)
+    floats = attend_workspace_floats(1, case.num_q_heads, case.num_kv_heads, 64, pages.device)
+    workspace = torch.full((floats,), torch.nan, device=device)
+    out, _ = attend_pages(q, pages, table, meta, softmax_scale=1.0, workspace=workspace)
+    compare(out, reference(q, pages, table, meta, softmax_scale=1.0)[0])
 
 
 def test_bad_arguments_are_named(device: torch.device) -> None:

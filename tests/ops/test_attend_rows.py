@@ -29,6 +29,7 @@ from twilight_engine.layout import (
 from twilight_engine.ops.attend_rows import attend_rows
 from twilight_engine.reference.attend_pages import attend_pages as dense_reference
 from twilight_engine.reference.attend_rows import attend_rows as reference
+from twilight_engine.reference.step_tokens import page_rows
 
 EVERY, NONE = (1.0,), (0.0,)
 UNEVEN = (0.02, 0.9, 0.0, 0.3)
@@ -38,20 +39,23 @@ def make_locations(
     case: Case, meta: StepMeta, exact: RowLists, windows: Windows, host_kv: Tensor, hit: float
 ) -> Tensor:
     """Put a share of the listed rows into the pool, in random places behind the windows."""
-    locations = torch.full_like(exact.tokens, 2**30)
     first = len(case.seq_lens) * case.num_kv_heads * windows.rows_per_head
-    free = (first + torch.randperm(windows.rows.shape[0] - first)).tolist()
-    for n in range(meta.num_queries):
-        table = meta.page_table[int(meta.query_seq[n])].tolist()
+    free = first + torch.randperm(windows.rows.shape[0] - first)
+    tokens, counts, table = exact.tokens.cpu(), exact.counts.cpu(), meta.page_table.cpu()
+    locations = torch.full_like(tokens, 2**30)  # beyond a segment's count nothing may be read
+    used = 0
+    for n, b in enumerate(meta.query_seq.tolist()):
         for h in range(case.num_kv_heads):
-            for i in range(int(exact.counts[n, h])):
-                locations[n, h, i] = NO_ROW
-                if torch.rand(()) < hit:
-                    t = int(exact.tokens[n, h, i])
-                    row = free.pop()
-                    windows.rows[row] = host_kv[h, table[t // case.page_size], t % case.page_size]
-                    locations[n, h, i] = row
-    return locations
+            listed = tokens[n, h, : int(counts[n, h])]
+            hits = torch.rand(len(listed)) < hit
+            places = free[used : used + int(hits.sum())]
+            used += len(places)
+            keys = page_rows(table[b], listed[hits], case.page_size)
+            rows = host_kv[h].reshape(-1, 2 * case.head_dim)[keys]
+            windows.rows[places.to(windows.rows.device)] = rows.to(windows.rows.device)
+            locations[n, h, : len(listed)] = NO_ROW
+            locations[n, h, : len(listed)][hits] = places.int()
+    return locations.to(exact.tokens.device)
 
 
 def run(
@@ -100,6 +104,32 @@ def test_many_heads_and_sequences(case: Case, device: torch.device) -> None:
 def test_long_uneven_lists(device: torch.device) -> None:
     case = Case(seq_lens=(3000, 700), num_kv_heads=2, head_dim=128, page_size=64)
     run(case, row_dtypes(device)[-1], device, (1.0, 0.01), 0.8)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_the_device_counts() -> None:
+    device = torch.device("cuda")
+    case = Case(seq_lens=(1000, 300), head_dim=128, page_size=64)
+    meta = make_meta(case, device)
+    host_kv = make_host_kv(case, torch.bfloat16, device)
+    exact = make_lists(case, meta, (0.0,))
+    windows = make_windows(case, meta, host_kv, num_hot=5000)
+    q = make_queries(case, meta, torch.bfloat16)
+    locations = torch.full_like(exact.tokens, NO_ROW)
+    args = (q, windows, host_kv, exact, locations, meta)
+    attend_rows(*args, softmax_scale=0.1)  # warm-up: loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attend_rows(*args, softmax_scale=0.1)
+    for share in (UNEVEN, EVERY, NONE):
+        lists = make_lists(case, meta, share)
+        exact.tokens.copy_(lists.tokens)
+        exact.counts.copy_(lists.counts)
+        locations.copy_(make_locations(case, meta, exact, windows, host_kv, 0.5))
+        graph.replay()
+        want = reference(*args, softmax_scale=0.1)
+        compare(out, want[0])
+        compare(lse, want[1])
 
 
 def test_direct_bytes_are_the_rows_without_a_slot(device: torch.device) -> None:
