@@ -68,6 +68,9 @@ class BuildWithNvcc(build_ext):
             lib_dirs = [cuda_home / d for d in ("lib64", "lib") if (cuda_home / d).is_dir()]
             ext.library_dirs += map(str, lib_dirs)
             ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+            # Ours alone: torch loads a shared CUDA runtime into the global scope, and calls that
+            # reach a mix of both crash.
+            ext.extra_link_args.append("-Wl,--exclude-libs,ALL")
             ext.extra_objects += self.compile_kernels(nvcc)
         super().build_extension(ext)
 
