@@ -128,6 +128,15 @@ def test_a_longer_context_than_the_model_was_made_for_warns() -> None:
         tiny_llm(max_model_len=1024).close()
 
 
+@pytest.fixture
+def _ctrl_c_raises() -> Iterator[None]:
+    """Python's own handler, also where the tests run in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_raises")
 @pytest.mark.parametrize("calls_before", [0, 4, 7, 8, 13, 14])
 def test_ctrl_c_gives_every_page_back(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, calls_before: int
