@@ -40,6 +40,7 @@ def assert_same_lists(
     listed = torch.arange(lists.tokens.shape[2]) < lists.counts[..., None]
     assert torch.equal(locations.cpu()[listed], want_locations[listed])
     assert torch.equal(fetch.counts.cpu(), want_fetch.counts)
+    assert torch.equal(fetch.direct.cpu(), want_fetch.direct)
     capacity = min(fetch.src.shape[2], want_fetch.src.shape[2])
     fetched = torch.arange(capacity) < want_fetch.counts[..., None]
     for name in ("src", "dst"):
@@ -142,6 +143,7 @@ def test_without_slots_every_row_is_direct(device: torch.device, slots: str) -> 
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
     fetch = FetchLists.empty(1, 1, 5, device)
     fetch.counts.fill_(9)  # must be overwritten
+    fetch.direct.fill_(9)
     locations, fetch = resolve_rows(
         lists,
         None if slots == "none" else to_device(hot, device),
@@ -149,7 +151,7 @@ def test_without_slots_every_row_is_direct(device: torch.device, slots: str) -> 
         fetch=fetch,
         counters=counters,
     )
-    assert (locations == NO_ROW).all() and fetch.counts.item() == 0
+    assert (locations == NO_ROW).all() and fetch.counts.item() == 0 and fetch.direct.item() == 3
     assert counters[COUNTER_DIRECT_ROWS] == 3 and counters.sum() == 3
 
 

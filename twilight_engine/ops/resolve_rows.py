@@ -79,6 +79,7 @@ def resolve_rows(
         fetch_src=ptr(fetch.src),
         fetch_dst=ptr(fetch.dst),
         fetch_counts=ptr(fetch.counts),
+        fetch_direct=ptr(fetch.direct),
         counters=ptr(counters),
         num_queries=n,
         num_seqs=meta.num_seqs,
@@ -111,6 +112,7 @@ def _check(
     check_shape("fetch.src", fetch.src, (b, hkv, None))
     check_shape("fetch.dst", fetch.dst, tuple(fetch.src.shape))
     check_shape("fetch.counts", fetch.counts, (b, hkv))
+    check_shape("fetch.direct", fetch.direct, (b, hkv))
     int32 = {
         "exact.tokens": exact.tokens,
         "exact.counts": exact.counts,
@@ -118,6 +120,7 @@ def _check(
         "fetch.src": fetch.src,
         "fetch.dst": fetch.dst,
         "fetch.counts": fetch.counts,
+        "fetch.direct": fetch.direct,
     }
     for name, tensor in int32.items():
         check_dtype(name, tensor, torch.int32)

@@ -48,7 +48,7 @@ def resolve_rows(
     for b in range(meta.num_seqs):
         rows = range(int(meta.cu_seqlens_q[b]), int(meta.cu_seqlens_q[b + 1]))
         for h in range(hkv):
-            fetched = 0
+            fetched = unplaced = 0
             for row in rows:
                 listed = keys[row, h]
                 if hot is not None:
@@ -63,13 +63,14 @@ def resolve_rows(
                         fetched += 1
                         missed += 1
                     hits += len(listed) - len(missing)
-                    direct += sum(int(where[key]) == NO_ROW for key in missing)
+                    unplaced += sum(int(where[key]) == NO_ROW for key in missing)
                     for i, key in enumerate(listed):
                         locations[row, h, i] = where[key]
                 else:
                     locations[row, h, : len(listed)] = NO_ROW
-                    direct += len(listed)
-            fetch.counts[b, h] = fetched
+                    unplaced += len(listed)
+            fetch.counts[b, h], fetch.direct[b, h] = fetched, unplaced
+            direct += unplaced
             if hot is not None and len(rows) and meta.seq_slots[b] >= 0:
                 _update_mean(hot, int(meta.seq_slots[b]), h, max(len(keys[r, h]) for r in rows))
     if counters is not None:

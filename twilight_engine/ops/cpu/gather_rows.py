@@ -1,4 +1,4 @@
-"""gather_rows on the CPU: segments in parallel, rows as bytes."""
+"""gather_rows on the CPU: rows as whole words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from twilight_engine.layout import COUNTER_FETCHED_BYTES, FetchLists
@@ -27,10 +27,10 @@ def gather_rows(host_kv: Tensor, fetch: FetchLists, rows: Tensor, counters: Tens
         counters[COUNTER_FETCHED_BYTES] += moved * rows.shape[1] * rows.element_size()
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _gather(by_key: Array, src: Array, dst: Array, counts: Array, rows: Array) -> int:
     moved = 0
-    for segment in prange(counts.shape[0]):
+    for segment in range(counts.shape[0]):
         h = segment % by_key.shape[0]
         for i in range(counts[segment]):
             if src[segment, i] >= 0 and dst[segment, i] >= 0:

@@ -1,11 +1,11 @@
-"""resolve_rows on the CPU: heads in parallel, each as the kernel's block does it."""
+"""resolve_rows on the CPU: one thread walks what the kernel's blocks own."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from twilight_engine.layout import (
@@ -38,7 +38,8 @@ def resolve_rows(
     if hot is None:
         locations.fill_(NO_ROW)
         fetch.counts.zero_()
-        fetch.direct.zero_().index_add_(0, meta.query_seq, exact.counts)
+        fetch.direct.zero_()
+        fetch.direct.index_add_(0, meta.query_seq, exact.counts)
         tally[0, 2] = int(exact.counts.sum())
     else:
         _resolve(
@@ -74,7 +75,7 @@ def _eviction_order(key: int, stamp: int, step: int) -> int:
     """0 for a free slot, then rising with recency; MAX_AGE + 1: in use by this step."""
     if key == NO_ROW:
         return 0
-    return MAX_AGE + 1 - min(step - stamp, MAX_AGE)
+    return MAX_AGE + 1 - min(max(step - stamp, 0), MAX_AGE)
 
 
 @njit(cache=True)
@@ -105,7 +106,7 @@ def _take_victims(
     return victims[:found]
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def _resolve(
     tokens: Array,
     counts: Array,
@@ -124,11 +125,11 @@ def _resolve(
     src: Array,
     dst: Array,
     fetch_counts: Array,
-    direct: Array,
+    fetch_direct: Array,
     tally: Array,
 ) -> None:
     hkv = tokens.shape[1]
-    for h in prange(hkv):
+    for h in range(hkv):
         for b in range(seq_slots.shape[0]):  # all hits first: no sequence may evict another's
             for n in range(cu_seqlens_q[b], cu_seqlens_q[b + 1]):
                 for i in range(counts[n, h]):
@@ -137,8 +138,7 @@ def _resolve(
                     if row >= 0:
                         slot_stamp[row - first_row] = step
         for b in range(seq_slots.shape[0]):
-            fetched, longest = 0, 0
-            direct[b, h] = 0
+            fetched, direct, longest = 0, 0, 0
             for n in range(cu_seqlens_q[b], cu_seqlens_q[b + 1]):
                 missing, num_missing = np.empty(counts[n, h], np.int32), 0
                 longest = max(longest, counts[n, h])
@@ -170,9 +170,10 @@ def _resolve(
                     dst[b, h, fetched] = first_row + slot
                     fetched += 1
                 tally[h, 1] += victims.shape[0]
-                tally[h, 2] += num_missing - victims.shape[0]
-                direct[b, h] += num_missing - victims.shape[0]
+                direct += num_missing - victims.shape[0]
             fetch_counts[b, h] = fetched
+            fetch_direct[b, h] = direct
+            tally[h, 2] += direct
             if seq_slots[b] >= 0 and cu_seqlens_q[b + 1] > cu_seqlens_q[b]:
                 old = set_mean[seq_slots[b], h]
                 decayed = np.float32(0.9) * old + np.float32(0.1) * np.float32(longest)
