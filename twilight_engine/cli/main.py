@@ -12,6 +12,7 @@ from twilight_engine.cli.demo import demo
 from twilight_engine.cli.doctor import doctor
 from twilight_engine.cli.errors import OneLineErrors
 from twilight_engine.cli.generate import generate
+from twilight_engine.cli.warm_up import warm_up
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, demo, doctor):
+for command in (generate, chat, demo, doctor, warm_up):
     app.command()(command)
 
 

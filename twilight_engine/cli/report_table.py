@@ -10,10 +10,10 @@ from twilight_engine.cli.units import format_bytes, format_seconds
 from twilight_engine.runtime.report import GRADES, OffloadReport
 
 GRADE_MEANING = {
-    "exact": "full precision, from host memory through the hot rows",
+    "exact": "full precision, from the host",
     "index": "INT4 K and V, on the device",
-    "tail": "INT4 logit, mean V of the page (or dropped)",
-    "resident": "full precision, sinks and recent window, on the device",
+    "tail": "INT4 K, mean V of the page",
+    "resident": "full precision, on the device",
 }
 
 
