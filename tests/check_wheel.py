@@ -16,7 +16,8 @@ CHECK = """
 import twilight_engine
 from twilight_engine import _C
 assert {root!r} in twilight_engine.__file__, twilight_engine.__file__
-print("wheel: ok", twilight_engine.__file__.split("/")[-2], "kernels" if _C.has_cuda else "no kernels")
+kernels = "kernels" if _C.has_cuda else "no kernels"
+print("wheel: ok,", kernels)
 """
 
 
