@@ -1,9 +1,14 @@
-"""Skips `gpu` tests where there is no device; fixes seeds."""
+"""Skips `gpu` tests where there is no device; fixes seeds; lets hypothesis take its time."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# A busy machine is no failure: time limits are pytest's, not an example's.
+settings.register_profile("twilight", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("twilight")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
