@@ -83,7 +83,7 @@ class LLM:
         seed: int = 0,
         tokenizer: Tokenizer | str | Path | None = None,
         generation_config: Literal["auto", "vllm"] = "auto",
-        prefill_chunk_size: int = 2048,
+        prefill_chunk_size: int = 8192,
         kv_offloading_size: float | None = None,
         hot_bytes: int | None = None,
     ) -> None:
