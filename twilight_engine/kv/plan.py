@@ -82,7 +82,6 @@ def plan_memory(
     max_model_len: int,
     max_num_seqs: int,
     dtype_bytes: int,
-    prefill_chunk: int = 2048,
 ) -> MemoryPlan:
     """What an engine of this shape takes on the device and in host memory.
 
