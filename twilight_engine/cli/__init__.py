@@ -3,5 +3,5 @@
 import os
 
 # Before torch loads its thread pool. By default its idle workers spin, and the numba loops between
-# torch's calls get what is left of the cores: a decode step on two cores took 3.8 s instead of 0.26.
+# torch's calls get what is left of the cores: on two busy ones a decode step took seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
