@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-import torch
 
 from tests.attention.model_shape import Run, Shape, make_cache
 from tests.compare import compare
@@ -161,21 +162,22 @@ def test_reused_pages_and_slots_give_dense_results(device):
                 cache.close_sequence(sequence)
 
 
-def test_user_selector_limits_candidates(device):
-    class FirstBlocks:
-        def select(self, q, view):
-            blocks = -(-view.meta.max_len // view.block)
-            mask = torch.zeros(
-                q.shape[0], view.windows.num_kv_heads, blocks, dtype=torch.uint8, device=q.device
-            )
-            mask[:, :, :2] = 1
-            return mask
+def selector_of_the_docs() -> type:
+    """The class that docs/selectors.md shows, as it stands there."""
+    text = (Path(__file__).parents[2] / "docs" / "selectors.md").read_text(encoding="utf-8")
+    code = text.split("```python")[1].split("```")[0].split("with LLM")[0]
+    names: dict[str, type] = {}
+    exec(code, names)
+    return names["LastBlocks"]
 
+
+def test_user_selector_limits_candidates(device):
+    selector = selector_of_the_docs()(64)
+    config = SparseConfig(attn_top_p=0.999, index_top_p=None, selector=selector)
     with make_cache(device, KVConfig(page_size=16, num_recent=16)) as cache:
         run = Run(cache, [200])
-        decode = run.decoder(
-            [SparseConfig(attn_top_p=0.99, index_top_p=None, selector=FirstBlocks())]
-        )
+        decode = run.decoder([config])
         run.step(decode)
         steps = cache.log.request(run.sequences[0].sequence_id)
-        assert 0 < steps.exact[:, 2:].max() <= 32 - 4
+        # 201 tokens, the window starts at 176: blocks at 144 and 160 lie within the last 64 tokens.
+        assert (steps.exact[:, 2:] <= 32).all() and steps.exact[:, 2:].max() > 0
