@@ -12,7 +12,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
@@ -94,9 +94,11 @@ class BuildWithNvcc(build_ext):
             return list(pool.map(compile_one, sources("csrc", "*.cu")))
 
 
+ParallelCompile("MAX_JOBS").install()  # the C++ files; the kernels have their own pool
+
 extension = Pybind11Extension(
     "twilight_engine._C",
-    sources=["csrc/bindings.cpp", *sources("engine", "*.cpp")],
+    sources=[*sources("csrc", "bindings*.cpp"), *sources("engine", "*.cpp")],
     include_dirs=["."],
     cxx_std=20,
     extra_compile_args=["-O3", "-Wall"],

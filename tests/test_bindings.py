@@ -1,4 +1,4 @@
-"""_C.pyi is written by hand: it must name what bindings.cpp binds, argument for argument."""
+"""_C.pyi is written by hand: it must name what csrc/bindings*.cpp bind, argument for argument."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from twilight_engine import _C
 
 ROOT = Path(__file__).parent.parent
 STUB = ast.parse((ROOT / "twilight_engine" / "_C.pyi").read_text())
-BINDINGS = (ROOT / "csrc" / "bindings.cpp").read_text()
+BINDINGS = "".join(p.read_text() for p in sorted((ROOT / "csrc").glob("bindings*.cpp")))
 
 
 def arguments(function: ast.FunctionDef) -> list[str]:
@@ -24,7 +24,7 @@ def stub_functions() -> dict[str, list[str]]:
 
 
 def bound_functions() -> dict[str, list[str]]:
-    """Every `.def("name", ..., py::arg("a"), ...)` of bindings.cpp, kernels included."""
+    """Every `.def("name", ..., py::arg("a"), ...)` of the binding files, kernels included."""
     bound: dict[str, list[str]] = {}
     for piece in BINDINGS.split(".def(")[1:]:
         name = re.match(r'\s*"(\w+)"', piece)
@@ -37,7 +37,7 @@ def test_the_stub_names_every_binding_with_its_arguments() -> None:
     stub = stub_functions()
     for name, args in bound_functions().items():
         assert name in stub, f"{name} is bound, but _C.pyi lacks it"
-        assert stub[name] == args, f"{name}: _C.pyi has {stub[name]}, bindings.cpp {args}"
+        assert stub[name] == args, f"{name}: _C.pyi has {stub[name]}, csrc/bindings*.cpp {args}"
 
 
 def test_the_module_has_nothing_that_the_stub_lacks() -> None:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from tests.compare import compare
-from tests.ops.graded_case import GradedCase, make_case, make_meta
+from tests.ops.graded_case import GradedCase, make_case
+from tests.ops.step_meta import make_meta
 from twilight_engine.layout import StepMeta
 from twilight_engine.ops.estimate_scores import estimate_scores
 from twilight_engine.reference.estimate_scores import estimate_scores as reference

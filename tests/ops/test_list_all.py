@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.graded_case import make_meta
+from tests.ops.step_meta import make_meta
 from tests.ops.test_prune import segment
 from twilight_engine.ops.prune import list_all
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.compare import compare
-from tests.ops.graded_case import make_meta
+from tests.ops.step_meta import make_meta
 from twilight_engine.layout import (
     GRADE_DROPPED,
     GRADE_EXACT,
