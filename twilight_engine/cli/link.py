@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from twilight_engine import _C
+
 COPY_BYTES = 256 << 20
 REPEATS = 5
 
@@ -25,11 +27,10 @@ def measure_link(num_bytes: int = COPY_BYTES, repeats: int = REPEATS) -> LinkSpe
 
     Raises: RuntimeError if the host refuses to pin the buffer.
     """
-    if torch.cuda.is_available():
-        host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        device = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
-        up = best_gbps(device, host, repeats)
-        return LinkSpeed(up, best_gbps(host, device, repeats), is_link=True)
+    if torch.cuda.is_available() and _C.has_cuda:
+        device = torch.cuda.current_device()
+        up, down = _C.measure_link(device=device, bytes=num_bytes, repeats=repeats)
+        return LinkSpeed(up, down, is_link=True)
     source = torch.zeros(num_bytes, dtype=torch.uint8)
     speed = best_gbps(torch.zeros_like(source), source, repeats)
     return LinkSpeed(speed, speed, is_link=False)
@@ -38,14 +39,7 @@ def measure_link(num_bytes: int = COPY_BYTES, repeats: int = REPEATS) -> LinkSpe
 def best_gbps(target: torch.Tensor, source: torch.Tensor, repeats: int) -> float:
     times = []
     for _ in range(repeats + 1):  # the first warms up
-        synchronize()
         start = time.perf_counter()
-        target.copy_(source, non_blocking=True)
-        synchronize()
+        target.copy_(source)
         times.append(time.perf_counter() - start)
     return source.nbytes / min(times[1:]) / 1e9
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
