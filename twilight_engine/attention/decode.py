@@ -60,7 +60,7 @@ class DecodeAttention:
     def begin_step(self) -> None:
         """Make room for a token in every sequence and describe the step on the device.
 
-        Raises: OutOfPages or ValueError if a sequence cannot grow; no sequence has changed then.
+        Raises: OutOfPages or ValueError if a sequence cannot grow; none has got its token then.
         """
         grown = [self.cache.extend(s, s.length + 1) for s in self.sequences]
         if any(grown):
