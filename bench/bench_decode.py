@@ -25,14 +25,13 @@ import torch
 from harness import record
 from torch import Tensor
 
-from twilight_engine.config import PRESETS, KVConfig, SparseConfig
+from twilight_engine.config import EVERY_CANDIDATE, PRESETS, KVConfig, SparseConfig
 from twilight_engine.kv.cache import KVCache, SequenceKV
 from twilight_engine.models.decoder import DecoderModel
 from twilight_engine.models.load import load_model
 from twilight_engine.runtime.runner import Runner
 
 PREFILL_CHUNK = 8192
-EVERY_CANDIDATE = 1 << 30  # as attn_top_k: whatever the selector keeps is exact
 
 SHAPES = {
     "llama-3.1-8b": {

@@ -20,6 +20,8 @@ Tail = Literal["mean", "renormalise"]
 Fetch = Literal["row", "page"]
 Policy = Literal["graded", "dense"]
 
+SELECTORS = ("all", "quest", "double_sparsity", "lsh", "streaming")
+EVERY_CANDIDATE = 1 << 30  # as attn_top_k: whatever a selector keeps is exact
 QUEST_BLOCK = 16  # tokens a bound covers where K codes are per token (Quest's page)
 
 
@@ -110,7 +112,7 @@ class SparseConfig:
         index_top_p: mass up to which rows keep an INT4 V; None: no index grade.
         group_rule: top-p on the mean weight of a GQA group, or the union of its heads' sets.
         tail: "mean" gives dropped tokens the mean V of their page, "renormalise" drops them.
-        selector: "all", "quest" or an object with the Selector interface.
+        selector: a name of SELECTORS, or an object with the Selector interface.
         selector_budget: tokens the selector may keep: a share of the context in (0, 1], or a count.
         fetch: "row" fetches the rows wanted, "page" every row of a page that holds one.
         by_layer: another SparseConfig for some layers.
@@ -143,11 +145,11 @@ class SparseConfig:
         _one_of("tail", self.tail, ("mean", "renormalise"))
         _one_of("fetch", self.fetch, ("row", "page"))
         if isinstance(self.selector, str):
-            _one_of("selector", self.selector, ("all", "quest"))
+            _one_of("selector", self.selector, SELECTORS)
         elif not callable(getattr(self.selector, "select", None)):
             raise ValueError(
-                f"selector is {self.selector!r}; allowed: 'all', 'quest', or an object with a "
-                "select(q, view) method (see docs/selectors.md)"
+                f"selector is {self.selector!r}; allowed: {', '.join(map(repr, SELECTORS))}, or an "
+                "object with a select(q, view) method (see docs/selectors.md)"
             )
         if isinstance(self.selector_budget, float):
             _share("selector_budget", self.selector_budget)

@@ -1,0 +1,121 @@
+"""Methods to compare: a name, the memory it keeps and how its steps attend.
+
+A method is written as one word, `base[+preset][@p][:tokens]`:
+
+    dense                   every row, resident on the device
+    dense-int4              INT4 K (per channel) and V for every row, none exact beyond the residents
+    balanced, lean, paper   a preset; balanced@0.9 with another attn_top_p
+    top_k:1024              the 1,024 rows a KV head with the largest INT4 estimate, nothing else
+    quest:1024              a selector on its own: its best 1,024 tokens a query head, nothing else
+    quest+paper@0.85        a selector (a quarter of the context) under a preset's pruning
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from twilight_engine.config import EVERY_CANDIDATE, PRESETS, SELECTORS, KVConfig, SparseConfig
+
+DEFAULT_METHOD = "balanced"  # the default preset; records name it `default`
+
+# The table of docs/accuracy.md.
+TABLE_METHODS = (
+    *("dense", "dense-int4", "balanced", "lean", "paper"),
+    *("quest:256", "quest:1024", "quest:4096", "quest+paper@0.85", "quest+paper@0.95"),
+    *("double_sparsity:256", "double_sparsity:1024", "double_sparsity:4096"),
+    *("double_sparsity+paper@0.85", "double_sparsity+paper@0.95"),
+    *("lsh", "streaming:1024"),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to decode, under the word that names it."""
+
+    name: str
+    kv: KVConfig
+    sparse: SparseConfig
+
+    @property
+    def is_dense(self) -> bool:
+        return self.kv.dense_layers == "all"
+
+
+def parse_method(word: str) -> Method:
+    """The method a word names.
+
+    Raises: ValueError with what is allowed, for any other word.
+    """
+    match = re.fullmatch(
+        r"(?P<base>[a-z_0-9]+(?:-int4)?)(?:\+(?P<preset>[a-z]+))?(?:@(?P<p>[\d.]+))?(?::(?P<k>\d+))?",
+        word,
+    )
+    if match is None:
+        raise _unknown(word)
+    base, preset = match["base"], match["preset"]
+    p = float(match["p"]) if match["p"] else None
+    tokens = int(match["k"]) if match["k"] else None
+    if base in ("dense", "dense-int4") and (preset, p, tokens) == (None, None, None):
+        return _dense(word)
+    if base in PRESETS and preset is None and tokens is None:
+        return _preset(word, base, p)
+    if base == "top_k" and (preset, p) == (None, None) and tokens is not None:
+        sparse = SparseConfig(attn_top_k=tokens, index_top_p=None, tail="renormalise")
+        return Method(word, KVConfig.preset("lean"), sparse)
+    if base in SELECTORS[1:] and preset in PRESETS:
+        return _preset(word, str(preset), p, selector=base, tokens=tokens)
+    if base in SELECTORS[1:] and (preset, p) == (None, None) and (tokens or base == "lsh"):
+        return _plain_selector(word, base, tokens)
+    raise _unknown(word)
+
+
+def parse_methods(words: str) -> list[Method]:
+    """Methods separated by commas; 'table' stands for TABLE_METHODS. Each name once."""
+    names: list[str] = []
+    for word in words.split(","):
+        names += TABLE_METHODS if word.strip() == "table" else [word.strip()]
+    return [parse_method(name) for name in dict.fromkeys(names)]
+
+
+def _dense(word: str) -> Method:
+    if word == "dense":
+        return Method(word, KVConfig(dense_layers="all"), SparseConfig(policy="dense"))
+    # top_k 1 lists nothing beyond the resident rows, and the index grade takes all the rest.
+    return Method(word, KVConfig(), SparseConfig(attn_top_k=1, index_top_p=1.0))
+
+
+def _preset(
+    word: str, preset: str, p: float | None, selector: str | None = None, tokens: int | None = None
+) -> Method:
+    sparse = SparseConfig.preset(preset)
+    if selector is not None:
+        sparse = sparse.replace(selector=selector, selector_budget=tokens or 0.25)
+    if p is not None:
+        index_top_p = sparse.index_top_p
+        if index_top_p is not None:
+            index_top_p = max(index_top_p, p)
+        sparse = sparse.replace(attn_top_p=p, index_top_p=index_top_p)
+    return Method(word, KVConfig.preset(preset), sparse)
+
+
+def _plain_selector(word: str, selector: str, tokens: int | None) -> Method:
+    """Everything the selector keeps is exact, everything else is dropped."""
+    # Quest's bounds are over 16 tokens, which the index per token keeps.
+    kv = KVConfig.preset("paper" if selector == "quest" else "lean")
+    sparse = SparseConfig(
+        attn_top_k=EVERY_CANDIDATE,
+        index_top_p=None,
+        group_rule="union",
+        tail="renormalise",
+        selector=selector,
+        selector_budget=tokens or 0.25,
+    )
+    return Method(word, kv, sparse)
+
+
+def _unknown(word: str) -> ValueError:
+    return ValueError(
+        f"unknown method {word!r}; allowed: dense, dense-int4, {', '.join(PRESETS)}, top_k:N, "
+        f"SELECTOR:N, SELECTOR+PRESET, with @p after a preset; selectors: {', '.join(SELECTORS[1:])}"
+    )
