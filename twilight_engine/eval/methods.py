@@ -3,7 +3,7 @@
 A method is written as one word, `base[+preset][@p][:tokens]`:
 
     dense                   every row, resident on the device
-    dense-int4              INT4 K (per channel) and V for every row, none exact beyond the residents
+    dense-int4              INT4 K (per channel) and V of every row, none exact but the residents
     balanced, lean, paper   a preset; balanced@0.9 with another attn_top_p
     top_k:1024              the 1,024 rows a KV head with the largest INT4 estimate, nothing else
     quest:1024              a selector on its own: its best 1,024 tokens a query head, nothing else
@@ -117,5 +117,6 @@ def _plain_selector(word: str, selector: str, tokens: int | None) -> Method:
 def _unknown(word: str) -> ValueError:
     return ValueError(
         f"unknown method {word!r}; allowed: dense, dense-int4, {', '.join(PRESETS)}, top_k:N, "
-        f"SELECTOR:N, SELECTOR+PRESET, with @p after a preset; selectors: {', '.join(SELECTORS[1:])}"
+        f"SELECTOR:N, SELECTOR+PRESET, with @p after a preset; selectors: "
+        f"{', '.join(SELECTORS[1:])}"
     )
