@@ -15,6 +15,7 @@ constexpr int kBins = 1024;
 constexpr int kBinBits = 10;
 constexpr int kPasses = 3;            // 30 bits: those of a float in [0, 1]
 constexpr float kMassUnit = 0x1p44f;  // 2^17 tokens rounded down lose less than 1e-8
+constexpr double kMostMass = 0.9999;  // the most that a margin raises a mass to
 constexpr int kNothing = INT_MAX;     // a threshold that no weight's bits reach
 constexpr int kEverything = 0;        // one that each candidate's do
 constexpr int kExactTarget = 0;
@@ -59,6 +60,7 @@ struct Histogram {
 struct SelectShared {
   Histogram histograms[2][2];  // by pass parity, by target
   double resident_mass[2];     // of this block's tokens, by rule parity
+  double mass_variance[2];     // likewise: of the weights, by their standard errors
   uint64_t warp_sums[kWarps];
   int found_bin;
   uint64_t found_rest;
@@ -142,13 +144,19 @@ __device__ inline void clear(Histogram (&histograms)[2]) {
 }
 
 // What a mass target wants beyond the resident tokens, or that it wants nothing.
-__device__ inline void want_mass(Target& target, float p, double resident) {
-  const double missing = double(p) - resident;
+__device__ inline void want_mass(Target& target, double p, double resident) {
+  const double missing = p - resident;
   if (missing <= 0) {
     target.least = kNothing, target.open = false;
   } else {
     target.want = uint64_t(ceil(missing * kMassUnit));
   }
+}
+
+// A mass with its margin: half the weights lie on either side of a set's edge at worst, so an error
+// of the weights moves a set of mass p by sqrt(p * (1 - p)) of it.
+__device__ inline double with_margin(double p, double variance) {
+  return fmax(p, fmin(kMostMass, p + sqrt(p * (1.0 - p) * variance)));
 }
 
 // Narrows both targets to their thresholds. `pass_count` numbers the histograms of the whole
@@ -164,12 +172,14 @@ __device__ inline void select(const Weights& s, const float (&tops)[2], Target (
     ranks.sync();
     clear(shared.histograms[parity ^ 1]);  // every block is done with the pass before
     if (pass == 0) {
-      double resident = 0.0;
+      double resident = 0.0, variance = 0.0;
       for (int r = 0; r < ranks.count(); ++r) {
         resident += ranks.of(shared.resident_mass, r)[rule & 1];
+        variance += ranks.of(shared.mass_variance, r)[rule & 1];
       }
+      const double masses[2] = {with_margin(tops[kExactTarget], variance), tops[kIndexTarget]};
       for (int i = 0; i < 2; ++i) {
-        if (targets[i].open && !targets[i].by_count) want_mass(targets[i], tops[i], resident);
+        if (targets[i].open && !targets[i].by_count) want_mass(targets[i], masses[i], resident);
       }
     }
     for (int i = 0; i < 2; ++i) {

@@ -6,9 +6,10 @@
 // of whole pages and keeps it through every phase, so that only sums cross warps. tau is found on
 // w's float bits, whose order is w's: three histograms, of 10 bits each, narrow it from the top
 // (the row's maximum, wherever it is) to one value, so the loop is bounded, ties stay together and
-// no tolerance enters. A bin holds its mass as a 64-bit whole number of 2^-44: sums do not depend
-// on their order, so a result repeats. Blocks read each other's bins through distributed shared
-// memory and all reach the same tau.
+// no tolerance enters. With `errors` the exact mass aimed at is top_p plus `margin` standard errors
+// of a set's mass, sqrt(p * (1 - p) * sum of the weights' variances). A bin holds its mass as a
+// 64-bit whole number of 2^-44: sums do not depend on their order, so a result repeats. Blocks read
+// each other's bins through distributed shared memory and all reach the same tau.
 //
 // Bytes moved a visible token and KV head: 4 * G of scores, 4 of w written and read up to five
 // times (from L2), 1 of grades. Source: Twilight (arXiv 2502.02770), Algorithm 1, its bisection
@@ -32,6 +33,7 @@ struct Shared {
   int counts[2];  // exact, index: of this block's tokens
   float mass;     // exact, of this block's tokens
   double warp_masses[kWarps];
+  double warp_variances[kWarps];
   int warp_counts[2][kWarps];
 };
 
@@ -44,6 +46,7 @@ struct Share {
   int64_t row;      // n * Hkv + kv_head
   const float* scores;
   const float* lse;
+  const float* errors;  // null without a margin
   float* weights;
   uint8_t* grades;
 
@@ -65,6 +68,7 @@ struct Share {
     end = min(stop, max(start, (mine + each) * p.page_size));
     scores = p.scores + row * p.group * p.capacity;
     lse = p.lse + row * p.group;
+    errors = p.errors == nullptr ? nullptr : p.errors + row * p.group * p.num_pages;
     weights = p.weights + row * p.capacity;
     grades = p.grades + row * p.grades_capacity;
   }
@@ -80,6 +84,17 @@ __device__ float mean_weight(const Share& s, const PruneParams& p, int t) {
   float sum = 0.0f;
 #pragma unroll 4
   for (int g = 0; g < p.group; ++g) sum += weight(s, p.capacity, g, t);
+  return sum / p.group;
+}
+
+// The standard error of a token's weight; a group's heads err together, since they share K's codes.
+__device__ float weight_error(const Share& s, const PruneParams& p, int rule, int t) {
+  const float* errors = s.errors + t / p.page_size;
+  if (p.unite) return weight(s, p.capacity, rule, t) * errors[int64_t(rule) * p.num_pages];
+  float sum = 0.0f;
+  for (int g = 0; g < p.group; ++g) {
+    sum += weight(s, p.capacity, g, t) * errors[int64_t(g) * p.num_pages];
+  }
   return sum / p.group;
 }
 
@@ -103,26 +118,42 @@ __device__ void grade_all(const Share& s, const PruneParams& p, int lane) {
   }
 }
 
-// Writes a rule's weights; returns the resident mass of the block, the same in each thread.
-__device__ double write_weights(const Share& s, const PruneParams& p, int rule, int lane,
-                                Shared& shared) {
-  double resident = 0.0;
+// Writes a rule's weights; leaves the block's resident mass and its part of the variance that the
+// margin follows from in `shared`.
+__device__ void write_weights(const Share& s, const PruneParams& p, int rule, int lane,
+                              Shared& shared) {
+  double resident = 0.0, variance = 0.0;
   for (int t = s.begin + lane; t < s.end; t += 32) {
     const float w = p.unite ? weight(s, p.capacity, rule, t) : mean_weight(s, p, t);
     const float bounded = w > 0.0f ? fminf(w, 1.0f) : 0.0f;  // NaN counts as nothing
-    if (!s.lists(t)) resident += bounded;
+    if (!s.lists(t)) {
+      resident += bounded;
+    } else if (s.errors != nullptr) {
+      const double error = weight_error(s, p, rule, t);
+      variance += error > 0.0 ? error * error : 0.0;
+    }
     s.weights[t] = is_candidate(s, p, t) ? bounded : kNotCandidate;
   }
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) {
     resident += __shfl_xor_sync(0xffffffffu, resident, mask);
+    variance += __shfl_xor_sync(0xffffffffu, variance, mask);
   }
-  if (lane == 0) shared.warp_masses[threadIdx.x / 32] = resident;
+  if (lane == 0) {
+    shared.warp_masses[threadIdx.x / 32] = resident;
+    shared.warp_variances[threadIdx.x / 32] = variance;
+  }
   __syncthreads();
-  resident = 0.0;
-  for (int w = 0; w < kWarps; ++w) resident += shared.warp_masses[w];
+  if (threadIdx.x == 0) {
+    resident = variance = 0.0;
+    for (int w = 0; w < kWarps; ++w) {
+      resident += shared.warp_masses[w];
+      variance += shared.warp_variances[w];
+    }
+    shared.select.resident_mass[rule & 1] = resident;
+    shared.select.mass_variance[rule & 1] = double(p.margin) * p.margin * variance;
+  }
   __syncthreads();  // before warp_masses is written again
-  return resident;
 }
 
 // Exclusive sum of a warp's count over the warps in front of it, in this block and the ones before.
@@ -258,8 +289,7 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const PruneParams p) {
       targets[kExactTarget] = Target{true, k > residents, uint64_t(max(0, k - residents)),
                                      k > residents ? 0 : kNothing, INT_MAX};
     }
-    const double resident = write_weights(s, p, rule, lane, shared);
-    if (threadIdx.x == 0) shared.select.resident_mass[rule & 1] = resident;
+    write_weights(s, p, rule, lane, shared);
     select(s.weights_of_warp(), tops, targets, rule, lane, pass_count, ranks, shared.select);
     mark(s, targets, rule, lane, ranks, shared);
   }

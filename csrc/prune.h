@@ -21,6 +21,8 @@ struct PruneParams {
   int num_blocks;     // NB of candidates
   bool unite;         // group rule: a set a query head, united; else one set of the mean
   bool expand_pages;  // list tokens of a page that holds an exact one become exact
+  int num_pages;      // P of errors
+  float margin;       // standard errors that the exact mass is raised by
 
   const float* scores;        // [N, Hq, C]
   const float* lse;           // [N, Hq]
@@ -28,6 +30,7 @@ struct PruneParams {
   const float* index_top_p;   // [B], or null: no index list
   const int* top_k;           // [B], or null; values < 1: top_p holds
   const uint8_t* candidates;  // [N, Hkv, NB], or null: all
+  const float* errors;        // [N, Hq, P] standard error of a page's scores, or null: no margin
   const int* window_starts;   // [B]
   const int* query_seq;       // [N]
   const int* positions;       // [N]

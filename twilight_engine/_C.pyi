@@ -241,6 +241,7 @@ def prune(
     index_top_p: int,
     top_k: int,
     candidates: int,
+    errors: int,
     window_starts: int,
     query_seq: int,
     positions: int,
@@ -266,6 +267,8 @@ def prune(
     num_blocks: int,
     unite: bool,
     expand_pages: bool,
+    num_pages: int,
+    margin: float,
     stream: int,
 ) -> None: ...
 

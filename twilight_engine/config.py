@@ -114,6 +114,8 @@ class SparseConfig:
         tail: "mean" gives dropped tokens the mean V of their page, "renormalise" drops them.
         selector: a name of SELECTORS, or an object with the Selector interface.
         selector_budget: tokens the selector may keep: a share of the context in (0, 1], or a count.
+        mass_margin: standard errors of the estimated mass, by the index's own quantiser, that
+            attn_top_p is raised by, so that the true mass reaches it (docs/method.md); 0: none.
         fetch: "row" fetches the rows wanted, "page" every row of a page that holds one.
         by_layer: another SparseConfig for some layers.
     """
@@ -126,6 +128,7 @@ class SparseConfig:
     tail: Tail = "mean"
     selector: Any = "all"
     selector_budget: float | int = 0.25
+    mass_margin: float = 1.0
     fetch: Fetch = "row"
     by_layer: Mapping[int, SparseConfig] = field(default_factory=dict)
 
@@ -144,6 +147,8 @@ class SparseConfig:
         _one_of("group_rule", self.group_rule, ("mean", "union"))
         _one_of("tail", self.tail, ("mean", "renormalise"))
         _one_of("fetch", self.fetch, ("row", "page"))
+        if self.mass_margin < 0:
+            raise ValueError(f"mass_margin is {self.mass_margin}; it must be >= 0")
         if isinstance(self.selector, str):
             _one_of("selector", self.selector, SELECTORS)
         elif not callable(getattr(self.selector, "select", None)):
@@ -184,6 +189,7 @@ class SparseConfig:
                 "index_top_p": None,
                 "group_rule": "union",
                 "tail": "renormalise",
+                "mass_margin": 0.0,
                 "selector": "quest",
                 "selector_budget": 0.25,
             },

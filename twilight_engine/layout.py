@@ -22,6 +22,8 @@ GRADE_INDEX = 1
 GRADE_EXACT = 2
 GRADE_DROPPED = 3  # outside the selector's candidates and not to be compensated
 
+MOST_MASS = 0.9999  # a margin raises the mass that exact rows must reach to this at most
+
 SLOTS_PER_CHUNK = 32  # hot-row slots move between heads in chunks of this many
 MAX_CHUNKS = 65536  # of a layer's hot rows: what the victim search's list in shared memory can name
 MAX_AGE = 1023  # steps; hot slots unused for longer count as equally old

@@ -15,6 +15,7 @@ from twilight_engine.layout import FetchLists, Pruned, RowLists, StepMeta
 from twilight_engine.ops.attend_index import attend_index
 from twilight_engine.ops.attend_means import attend_means
 from twilight_engine.ops.attend_rows import attend_rows
+from twilight_engine.ops.estimate_errors import estimate_errors
 from twilight_engine.ops.estimate_scores import estimate_scores
 from twilight_engine.ops.gather_rows import gather_rows
 from twilight_engine.ops.merge_states import merge_states
@@ -120,6 +121,9 @@ class GradedAttention:
             left_out="midpoint" if self.config.tail == "mean" else "drop",
             scores=buffers.scores,
         )
+        errors = None
+        if self.config.mass_margin > 0 and self.top_k is None:
+            errors = estimate_errors(q, self.index, meta, softmax_scale=scale)
         pruned = prune(
             scores,
             lse,
@@ -132,6 +136,8 @@ class GradedAttention:
             fetch_block=meta.page_size if self.config.fetch == "page" else 1,
             candidates=candidates,
             block=block,
+            errors=errors,
+            margin=self.config.mass_margin,
             out=buffers.pruned,
             weights=buffers.weights,
         )

@@ -64,6 +64,16 @@ def _check_candidates(candidates: Tensor, meta: StepMeta, num_kv_heads: int, blo
         raise ValueError(f"candidates holds {candidates.shape[2]} blocks; it needs {blocks}")
 
 
+def _check_errors(errors: Tensor, scores: Tensor, meta: StepMeta, margin: float) -> None:
+    launch.check_shape("errors", errors, (*scores.shape[:2], None))
+    launch.check_dtype("errors", errors, torch.float32)
+    pages = -(-meta.max_len // meta.page_size)
+    if errors.shape[2] < pages:
+        raise ValueError(f"errors holds {errors.shape[2]} pages; it needs {pages}")
+    if margin < 0:
+        raise ValueError(f"margin is {margin}; it must be >= 0")
+
+
 def _check_capacity(scores: Tensor, out: Pruned, meta: StepMeta, *, with_index: bool) -> None:
     sizes = {
         "scores": scores.shape[2],
@@ -90,6 +100,8 @@ def _launch(
     expand_pages: bool,
     candidates: Tensor | None,
     block: int,
+    errors: Tensor | None,
+    margin: float,
     out: Pruned,
     weights: Tensor | None,
 ) -> None:
@@ -104,6 +116,7 @@ def _launch(
         index_top_p=launch.ptr(index_top_p),
         top_k=launch.ptr(top_k),
         candidates=launch.ptr(candidates),
+        errors=launch.ptr(errors),
         window_starts=launch.ptr(meta.window_starts),
         query_seq=launch.ptr(meta.query_seq),
         positions=launch.ptr(meta.positions),
@@ -129,6 +142,8 @@ def _launch(
         num_blocks=0 if candidates is None else candidates.shape[2],
         unite=unite,
         expand_pages=expand_pages,
+        num_pages=0 if errors is None else errors.shape[2],
+        margin=margin,
         stream=launch.current_stream(scores),
     )
 
@@ -146,6 +161,8 @@ def prune(
     fetch_block: int = 1,
     candidates: Tensor | None = None,
     block: int | None = None,
+    errors: Tensor | None = None,
+    margin: float = 0.0,
     out: Pruned | None = None,
     weights: Tensor | None = None,
 ) -> Pruned:
@@ -159,12 +176,19 @@ def prune(
     max(0, top_k - residents) candidates, ties by position. The index list has the tokens of the
     same rule with index_top_p that are not exact.
 
+    The margin: K's codes make a score err by errors[n, h, page], so a weight by w * error, and the
+    mass of a set of mass p by sqrt(p * (1 - p) * sum of those squares over the list tokens). top_p
+    is raised by `margin` times that, to MOST_MASS at most.
+
     Args:
         scores, lse: [N, Hq, C] and [N, Hq] float32, as estimate_scores gives them.
         top_p, index_top_p: [B] float32, a mass of the whole context; index_top_p None: no list.
         top_k: [B] int32, in place of top_p where >= 1.
         fetch_block: 1, or page_size: every list token of a page that holds an exact one is exact.
         candidates: [N, Hkv, NB] uint8 by block of `block` tokens (default: a page); None: all.
+        errors: [N, Hq, P] float32, the standard error of the scores of each page of a sequence, as
+            estimate_errors gives them; None: no margin.
+        margin: standard errors that the exact mass aimed at is raised by; see below.
         out: from allocate_pruned, with a capacity >= meta.max_len.
         weights: [N, Hkv, C] float32 workspace (CUDA only).
     Returns: Pruned; lists ascending, without resident tokens. Tokens outside the candidates are
@@ -177,6 +201,8 @@ def prune(
     _check_tensors(scores, lse, meta, top_p, index_top_p, top_k)
     if candidates is not None:
         _check_candidates(candidates, meta, num_kv_heads, block)
+    if errors is not None:
+        _check_errors(errors, scores, meta, margin)
     if out is None:
         out = allocate_pruned(
             scores.shape[0],
@@ -190,13 +216,14 @@ def prune(
         _launch(
             scores, lse, meta, top_p=top_p, index_top_p=index_top_p, top_k=top_k,
             unite=group_rule == "union", num_kv_heads=num_kv_heads, expand_pages=fetch_block > 1,
-            candidates=candidates, block=block, out=out, weights=weights,
+            candidates=candidates, block=block, errors=errors, margin=margin, out=out,
+            weights=weights,
         )  # fmt: skip
         return out
     cpu.prune(
         scores, lse, meta, top_p=top_p, index_top_p=index_top_p, top_k=top_k,
         group_rule=group_rule, num_kv_heads=num_kv_heads, fetch_block=fetch_block,
-        candidates=candidates, block=block, out=out,
+        candidates=candidates, block=block, errors=errors, margin=margin, out=out,
     )  # fmt: skip
     return out
 

@@ -10,11 +10,18 @@ from twilight_engine.layout import (
     GRADE_EXACT,
     GRADE_INDEX,
     GRADE_TAIL,
+    MOST_MASS,
     Pruned,
     RowLists,
     StepMeta,
     block_of,
 )
+
+
+def with_margin(p: float, w_error: Tensor, margin: float) -> float:
+    """p raised by `margin` standard errors of a set's mass, from those of the list tokens."""
+    variance = margin**2 * float(w_error.double().square().sum())
+    return max(p, min(MOST_MASS, p + (p * (1 - p) * variance) ** 0.5)) if p < 1 else p
 
 
 def threshold_set(w: Tensor, resident: Tensor, candidate: Tensor, p: float) -> Tensor:
@@ -51,6 +58,8 @@ def prune(
     fetch_block: int = 1,
     candidates: Tensor | None = None,
     block: int | None = None,
+    errors: Tensor | None = None,
+    margin: float = 0.0,
 ) -> Pruned:
     """See ops.prune; row by row."""
     n_rows, num_q_heads, capacity = scores.shape
@@ -74,11 +83,17 @@ def prune(
                 kept = candidates[n, h, block_of(t, block or meta.page_size, meta.page_size)]
                 candidate = candidate & (kept != 0)
             is_exact, is_index = torch.zeros_like(resident), torch.zeros_like(resident)
-            for w in weights.mean(0, keepdim=True) if group_rule == "mean" else weights:
+            e = torch.zeros_like(weights)
+            if errors is not None:
+                e = weights * errors[n, h * group : (h + 1) * group][:, t // meta.page_size]
+            if group_rule == "mean":
+                weights, e = weights.mean(0, keepdim=True), e.mean(0, keepdim=True)
+            for w, w_error in zip(weights, e, strict=True):
+                p = with_margin(float(top_p[b]), w_error[~resident], margin)
                 if k > 0:
                     is_exact |= largest_set(w, resident, candidate, k)
                 else:
-                    is_exact |= threshold_set(w, resident, candidate, float(top_p[b]))
+                    is_exact |= threshold_set(w, resident, candidate, p)
                 if index_top_p is not None:
                     is_index |= threshold_set(w, resident, candidate, float(index_top_p[b]))
             if fetch_block > 1:

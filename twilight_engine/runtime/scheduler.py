@@ -29,6 +29,7 @@ def graph_key(config: SparseConfig) -> tuple[Any, ...]:
         selector,
         (type(config.selector_budget), config.selector_budget),
         config.fetch,
+        config.mass_margin,
         layers,
     )
 

@@ -13,6 +13,7 @@ from twilight_engine.layout import (
     GRADE_EXACT,
     GRADE_INDEX,
     GRADE_TAIL,
+    MOST_MASS,
     Pruned,
     RowLists,
     StepMeta,
@@ -77,12 +78,21 @@ def _write(lists: RowLists, n: int, h: int, chosen: Mask, first: int) -> None:
 
 
 def _prune_head(
-    weights: Floats, edges: tuple[int, int], left_out: Mask | None, p: float, index_p: float, k: int
+    weights: Floats,
+    edges: tuple[int, int],
+    left_out: Mask | None,
+    masses: list[float],
+    index_p: float,
+    k: int,
 ) -> tuple[Mask, Mask]:
-    """Exact and index sets of one KV head: weights [rules, visible], list tokens edges[0]..[1]."""
+    """Exact and index sets of one KV head.
+
+    weights is [rules, visible], masses has what each rule's exact set must reach, and the list
+    tokens are edges[0] .. edges[1].
+    """
     lo, hi = edges
     exact, index = np.zeros(hi - lo, np.bool_), np.zeros(hi - lo, np.bool_)
-    for visible in weights:
+    for visible, p in zip(weights, masses, strict=True):
         resident_mass = float(
             visible[:lo].sum(dtype=np.float64) + visible[hi:].sum(dtype=np.float64)
         )
@@ -98,6 +108,23 @@ def _prune_head(
     return exact, index
 
 
+def _masses(
+    p: float, weights: Tensor, errors: Tensor | None, group_rule: str, margin: float
+) -> list[list[float]]:
+    """[Hkv][rules] the mass aimed at: p and its margin; weights and errors [Hkv, G, listed]."""
+    heads, group, _ = weights.shape
+    rules = 1 if group_rule == "mean" else group
+    if errors is None or p >= 1:
+        return [[p] * rules] * heads
+    error = weights * errors
+    if group_rule == "mean":
+        error = error.mean(1, keepdim=True)
+    variance = margin**2 * error.double().square().sum(-1)
+    raised = (p + (p * (1 - p) * variance).sqrt()).clamp(max=MOST_MASS).clamp(min=p)
+    out: list[list[float]] = raised.tolist()
+    return out
+
+
 def prune(
     scores: Tensor,
     lse: Tensor,
@@ -111,6 +138,8 @@ def prune(
     fetch_block: int,
     candidates: Tensor | None,
     block: int,
+    errors: Tensor | None,
+    margin: float,
     out: Pruned,
 ) -> None:
     """Writes `out`; see ops.prune."""
@@ -128,6 +157,16 @@ def prune(
         mean = by_head.mean(1, keepdim=True).numpy()
         rules = mean if group_rule == "mean" else by_head.numpy()
         tokens = torch.arange(first, last)
+        listed_errors = None
+        if errors is not None:
+            listed_errors = errors[n].view(num_kv_heads, group, -1)[..., tokens // meta.page_size]
+        masses = _masses(
+            float(top_p[b]),
+            by_head[..., first - start : last - start],
+            listed_errors,
+            group_rule,
+            margin,
+        )
         for h in range(num_kv_heads):
             left_out: Mask | None = None
             if candidates is not None:
@@ -137,7 +176,7 @@ def prune(
                 rules[h],
                 (first - start, last - start),
                 left_out,
-                float(top_p[b]),
+                masses[h],
                 0.0 if index_top_p is None else float(index_top_p[b]),
                 0 if top_k is None else int(top_k[b]),
             )
