@@ -11,6 +11,7 @@ from twilight_engine.cli.chat import chat
 from twilight_engine.cli.demo import demo
 from twilight_engine.cli.doctor import doctor
 from twilight_engine.cli.errors import OneLineErrors
+from twilight_engine.cli.evaluate import app as evaluate
 from twilight_engine.cli.generate import generate
 from twilight_engine.cli.warm_up import warm_up
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for command in (generate, chat, demo, doctor, warm_up):
     app.command()(command)
+app.add_typer(evaluate)
 
 
 @app.callback(invoke_without_command=True)
