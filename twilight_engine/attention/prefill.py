@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from twilight_engine.attention.step import page_table, prefill_meta
+from twilight_engine.attention.store import store_rows
 from twilight_engine.kv.cache import KVCache, SequenceKV
 from twilight_engine.layout import StepMeta
-from twilight_engine.ops.append_rows import append_rows
-from twilight_engine.ops.index_pages import index_pages
 
 
 class PrefillAttention:
@@ -99,27 +98,13 @@ class PrefillAttention:
             self._store_now(layer, start, end)
 
     def _store_now(self, layer: int, start: int, end: int) -> None:
-        tiers, size = self.cache.layers[layer], self.cache.config.page_size
-        keys, values = self._keys[start:end], self._values[start:end]
-        append_rows(
-            keys,
-            values,
-            tiers.windows,
-            tiers.host,
+        store_rows(
+            self.cache,
+            layer,
+            self._keys[start:end],
+            self._values[start:end],
             self._metas[start, end - start],
-            pages=tiers.pages,
-            counters=self.cache.log.counters[layer],
-        )
-        full = (end - start) // size
-        if tiers.index is None or full == 0:
-            return
-        shape = (full, size, *keys.shape[1:])
-        first = start // size
-        index_pages(
-            keys[: full * size].view(shape),
-            values[: full * size].view(shape),
-            self._pages[0, first : first + full],
-            tiers.index,
+            first_page=start // self.cache.config.page_size,
         )
 
 
