@@ -76,13 +76,15 @@ class Visit:
 
 @dataclass
 class _Block:
-    """Steps that were copied to the host."""
+    """Steps that were copied to the host; B is the widest step's."""
 
-    sequences: list[list[Visit]]  # by step
+    ids: Array  # [T, B] sequence ids, -1 beyond a step's sequences
+    context: Array  # [T, B], 0 beyond
+    window_start: Array  # [T, B]
     counts: Array  # [T, L, B, H, NUM_COUNTS]
     mass: NDArray[np.float32]  # [T, L, B, H]
     counters: Array  # [T, L, NUM_COUNTERS]
-    link_seconds: list[float]
+    link_seconds: NDArray[np.float64]  # [T]
 
 
 @dataclass
@@ -150,14 +152,13 @@ class StepLog:
         """A context manager around the copies that use the link, on the current stream."""
         return LinkTimer(self.device, self._link[-1])
 
-    def _tokens(self, layer: int, visit: Visit) -> tuple[int, int]:
-        """Visible and resident tokens of a layer."""
-        window = self.sliding_windows[layer]
-        start = 0 if window is None else max(0, visit.context - window)
-        visible = visit.context - start
-        if layer in self.dense_layers:
-            return visible, visible
-        listed = max(0, visit.window_start - max(start, self.num_sink))
+    def _tokens(self, context: Array, window_start: Array) -> tuple[Array, Array]:
+        """Visible and resident tokens [T, L] of steps with these contexts and windows [T]."""
+        windows = np.array([w or np.iinfo(np.int64).max for w in self.sliding_windows])
+        start = np.maximum(0, context[:, None] - windows)
+        visible = context[:, None] - start
+        listed = np.maximum(0, window_start[:, None] - np.maximum(start, self.num_sink))
+        listed[:, list(self.dense_layers)] = 0
         return visible, visible - listed
 
     def flush(self) -> None:
@@ -166,13 +167,20 @@ class StepLog:
         if steps == 0:
             return
         totals = self._totals[:, :steps].cpu().numpy()
+        visits = np.zeros((3, steps, max(map(len, self._pending))), dtype=np.int64)
+        visits[0] = -1
+        for t, step in enumerate(self._pending):
+            for i, name in enumerate(("sequence_id", "context", "window_start")):
+                visits[i, t, : len(step)] = [getattr(visit, name) for visit in step]
         self._blocks.append(
             _Block(
-                sequences=self._pending,
+                ids=visits[0],
+                context=visits[1],
+                window_start=visits[2],
                 counts=self._counts[:steps].cpu().numpy().astype(np.int64),
                 mass=self._mass[:steps].cpu().numpy().copy(),
                 counters=totals[1] - totals[0],
-                link_seconds=[sum(read() for read in reads) for reads in self._link],
+                link_seconds=np.array([sum(read() for read in reads) for reads in self._link]),
             )
         )
         self._pending, self._link = [], []
@@ -185,28 +193,24 @@ class StepLog:
     def request(self, sequence_id: int) -> Steps:
         """All steps of one sequence."""
         self.flush()
-        rows = [
-            (block, t, b)
-            for block in self._blocks
-            for t, sequences in enumerate(block.sequences)
-            for b, visit in enumerate(sequences)
-            if visit.sequence_id == sequence_id
-        ]
         layers, heads = self.num_layers, self.num_kv_heads
-        counts = np.zeros((len(rows), layers, heads, NUM_COUNTS), dtype=np.int64)
-        mass = np.ones((len(rows), layers, heads), dtype=np.float32)
-        counters = np.zeros((len(rows), layers, NUM_COUNTERS), dtype=np.int64)
-        visible = np.zeros((len(rows), layers, heads), dtype=np.int64)
-        resident = np.zeros_like(visible)
-        context = np.zeros(len(rows), dtype=np.int64)
-        for i, (block, t, b) in enumerate(rows):
-            counts[i], mass[i] = block.counts[t, :, b], block.mass[t, :, b]
-            counters[i] = block.counters[t]
-            visit = block.sequences[t][b]
-            context[i] = visit.context
-            for layer in range(layers):
-                visible[i, layer], resident[i, layer] = self._tokens(layer, visit)
+        found: list[tuple[_Block, Array, Array]] = []
+        for block in self._blocks:
+            t, b = np.nonzero(block.ids == sequence_id)
+            found.append((block, t, b))
+
+        def joined(parts: list[Array], *shape: int) -> Array:
+            return np.concatenate([np.zeros((0, *shape), dtype=np.int64), *parts])
+
+        context = joined([block.context[t, b] for block, t, b in found])
+        window_start = joined([block.window_start[t, b] for block, t, b in found])
+        counts = joined([block.counts[t, :, b] for block, t, b in found], layers, heads, NUM_COUNTS)
+        visible, resident = (
+            np.repeat(tokens[..., None], heads, axis=2)
+            for tokens in self._tokens(context, window_start)
+        )
         exact, index = counts[..., EXACT], counts[..., INDEX]
+        mass = [np.ones((0, layers, heads), dtype=np.float32)]
         return Steps(
             context=context,
             exact=exact,
@@ -215,14 +219,13 @@ class StepLog:
             resident=resident,
             missed=counts[..., MISSED],
             direct=counts[..., DIRECT],
-            mass=mass,
-            counters=counters,
-            link_seconds=np.array([block.link_seconds[t] for block, t, _ in rows]),
-            batch=np.array([len(block.sequences[t]) for block, t, _ in rows], dtype=np.int64),
-            batch_context=np.array(
-                [sum(v.context for v in block.sequences[t]) for block, t, _ in rows],
-                dtype=np.int64,
+            mass=np.concatenate(mass + [block.mass[t, :, b] for block, t, b in found]),
+            counters=joined([block.counters[t] for block, t, _ in found], layers, NUM_COUNTERS),
+            link_seconds=np.concatenate(
+                [np.zeros(0)] + [block.link_seconds[t] for block, t, _ in found]
             ),
+            batch=joined([(block.ids[t] >= 0).sum(1) for block, t, _ in found]),
+            batch_context=joined([block.context[t].sum(1) for block, t, _ in found]),
         )
 
 
