@@ -20,7 +20,7 @@ Tail = Literal["mean", "renormalise"]
 Fetch = Literal["row", "page"]
 Policy = Literal["graded", "dense"]
 
-SELECTORS = ("all", "quest", "double_sparsity", "lsh", "streaming")
+SELECTORS = ("all", "quest", "streaming")
 EVERY_CANDIDATE = 1 << 30  # as attn_top_k: whatever a selector keeps is exact
 QUEST_BLOCK = 16  # tokens a bound covers where K codes are per token (Quest's page)
 
@@ -123,7 +123,7 @@ class SparseConfig:
     policy: Policy = "graded"
     attn_top_p: float = 0.80
     attn_top_k: int | None = None
-    index_top_p: float | None = 0.98
+    index_top_p: float | None = 0.99
     group_rule: GroupRule = "mean"
     tail: Tail = "mean"
     selector: Any = "all"

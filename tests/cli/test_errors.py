@@ -47,7 +47,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         ([*PROMPT, "--attn-top-p", "0.9", "--attn-top-k", "8"], ["give one of them"]),
         ([*PROMPT, "--attn-top-k", "0"], ["attn_top_k is 0"]),
         ([*PROMPT, "--attn-top-p", "much"], ["--attn-top-p", "number"]),
-        ([*PROMPT, "--attn-top-p", "0.99"], ["index_top_p is 0.98", "at least attn_top_p (0.99)"]),
+        (
+            [*PROMPT, "--attn-top-p", "0.995"],
+            ["index_top_p is 0.99", "at least attn_top_p (0.995)"],
+        ),
         ([*PROMPT, "--index-top-p", "all"], ["--index-top-p is 'all'", "'none'"]),
         ([*PROMPT, "--index-top-p", "7"], ["index_top_p is 7.0"]),
         ([*PROMPT, "--selector", "best"], ["selector is 'best'", "'all', 'quest'"]),

@@ -84,7 +84,7 @@ def test_sparse_configs_that_do_not_fit_are_refused(llm: LLM, sparse: Any, messa
 def test_an_index_grade_needs_the_index() -> None:
     config = KVConfig(page_size=16, num_recent=16, v_index="none", dense_layers=(0,))
     with tiny_llm(kv_config=config) as made:
-        with pytest.raises(ValueError, match=r"index_top_p is 0.98, but the cache keeps no INT4 V"):
+        with pytest.raises(ValueError, match=r"index_top_p is 0.99, but the cache keeps no INT4 V"):
             made.generate("fine", GREEDY, **QUIET)
         lean = SparseConfig.preset("lean")
         assert made.generate("fine", GREEDY, sparse_config=lean, **QUIET)[0].finished

@@ -59,7 +59,7 @@ def frontier(
     bytes behind a row cache, and device bytes; which points no other dominates.
     """
     from rich.console import Console
-    from tqdm import tqdm
+    from rich.progress import Progress
 
     from twilight_engine.eval import passages as texts
     from twilight_engine.eval.frontier import frontier as run
@@ -74,8 +74,11 @@ def frontier(
         raise ValueError(f"{model} has no tokenizer; frontier needs one to read texts")
     sweep = pick(gradings(loaded.config.num_layers), only)
     chosen = texts.passages(loaded.tokenizer, named, length=length, targets=targets, count=passages)
-    with tqdm(total=len(sweep) * len(chosen), unit="run") as bar:
-        points = run(loaded.model, chosen, sweep, progress=lambda name: bar.update() and None)
+    with Progress(console=Console(stderr=True)) as bars:
+        task = bars.add_task("gradings", total=len(sweep) * len(chosen))
+        points = run(
+            loaded.model, chosen, sweep, progress=lambda name: bars.update(task, advance=1)
+        )
     out.mkdir(parents=True, exist_ok=True)
     settings = {"model": Path(model).name, "tokens": length, "targets": targets}
     record = {

@@ -88,7 +88,7 @@ def gradings(num_layers: int) -> dict[str, Grading]:
         found[f"balanced@{p}"] = base.replace(attn_top_p=p)
     for p in (0.8, 0.85, 0.9, 0.98):
         found[f"lean@{p}"] = lean.replace(attn_top_p=p)
-    for p in (0.9, 0.95, 0.99, 1.0):
+    for p in (0.9, 0.95, 0.98, 1.0):
         found[f"index {p}"] = base.replace(index_top_p=p)
     found["union"] = base.replace(group_rule="union")
     found["renormalise"] = base.replace(tail="renormalise")

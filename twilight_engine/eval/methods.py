@@ -22,10 +22,8 @@ DEFAULT_METHOD = "balanced"  # the default preset; records name it `default`
 # The table of docs/accuracy.md.
 TABLE_METHODS = (
     *("dense", "dense-int4", "balanced", "lean", "paper"),
-    *("quest:256", "quest:1024", "quest:4096", "quest+paper@0.85", "quest+paper@0.95"),
-    *("double_sparsity:256", "double_sparsity:1024", "double_sparsity:4096"),
-    *("double_sparsity+paper@0.85", "double_sparsity+paper@0.95"),
-    *("lsh", "streaming:1024"),
+    *("quest:256", "quest:1024", "quest:4096", "quest+paper@0.85"),
+    "streaming:1024",
 )
 
 
@@ -65,7 +63,7 @@ def parse_method(word: str) -> Method:
         return Method(word, KVConfig.preset("lean"), sparse)
     if base in SELECTORS[1:] and preset in PRESETS:
         return _preset(word, str(preset), p, selector=base, tokens=tokens)
-    if base in SELECTORS[1:] and (preset, p) == (None, None) and (tokens or base == "lsh"):
+    if base in SELECTORS[1:] and (preset, p) == (None, None) and tokens is not None:
         return _plain_selector(word, base, tokens)
     raise _unknown(word)
 
@@ -99,7 +97,7 @@ def _preset(
     return Method(word, KVConfig.preset(preset), sparse)
 
 
-def _plain_selector(word: str, selector: str, tokens: int | None) -> Method:
+def _plain_selector(word: str, selector: str, tokens: int) -> Method:
     """Everything the selector keeps is exact, everything else is dropped."""
     # Quest's bounds are over 16 tokens, which the index per token keeps.
     kv = KVConfig.preset("paper" if selector == "quest" else "lean")
@@ -109,7 +107,7 @@ def _plain_selector(word: str, selector: str, tokens: int | None) -> Method:
         group_rule="union",
         tail="renormalise",
         selector=selector,
-        selector_budget=tokens or 0.25,
+        selector_budget=tokens,
     )
     return Method(word, kv, sparse)
 

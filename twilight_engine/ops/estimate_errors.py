@@ -40,4 +40,5 @@ def estimate_errors(
         steps = index.k_scale[..., 0][pages.long()].float()  # [N, P, Hkv, S]
         mean = steps.square().mean(-1).transpose(1, 2)  # [N, Hkv, P]
         variance = squared.sum(-1, keepdim=True) * mean[:, :, None]
-    return (variance * ROUNDING_VARIANCE).sqrt().flatten(1, 2).mul(softmax_scale).contiguous()
+    errors: Tensor = (variance * ROUNDING_VARIANCE).sqrt().flatten(1, 2) * softmax_scale
+    return errors.contiguous()

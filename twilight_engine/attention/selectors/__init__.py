@@ -5,9 +5,17 @@ from __future__ import annotations
 from twilight_engine.attention.selectors.all import AllSelector
 from twilight_engine.attention.selectors.base import LayerView, Selector
 from twilight_engine.attention.selectors.quest import QuestSelector
+from twilight_engine.attention.selectors.streaming import StreamingSelector
 from twilight_engine.config import SparseConfig
 
-__all__ = ["AllSelector", "LayerView", "QuestSelector", "Selector", "make_selector"]
+__all__ = [
+    "AllSelector",
+    "LayerView",
+    "QuestSelector",
+    "Selector",
+    "StreamingSelector",
+    "make_selector",
+]
 
 
 def make_selector(config: SparseConfig) -> Selector:
@@ -16,5 +24,7 @@ def make_selector(config: SparseConfig) -> Selector:
         return AllSelector()
     if config.selector == "quest":
         return QuestSelector()
+    if config.selector == "streaming":
+        return StreamingSelector()
     selector: Selector = config.selector
     return selector

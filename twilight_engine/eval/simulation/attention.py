@@ -107,10 +107,12 @@ class _Step:
         return x[:, : self.full * self.size].unflatten(1, (self.full, self.size))
 
     def _logits(self, keys: Tensor) -> Tensor:
-        return self.q @ keys.transpose(1, 2)[:, None]
+        logits: Tensor = self.q @ keys.transpose(1, 2)[:, None]
+        return logits
 
     def _softmax(self, logits: Tensor) -> Tensor:
-        return logits.masked_fill(~self.visible, -math.inf).softmax(-1)
+        weights: Tensor = logits.masked_fill(~self.visible, -math.inf).softmax(-1)
+        return weights
 
     def _candidates(self, pages: Tensor) -> Tensor | None:
         """[H, T, L] what Quest's bounds leave; None: everything."""
@@ -173,7 +175,8 @@ class _Step:
         error = error * weights[..., :span] * self.listed[:, :span]
         if self.grading.group_rule == "mean":
             error = error.mean(1, keepdim=True)
-        return error.double().square().sum(-1)
+        variance: Tensor = error.double().square().sum(-1)
+        return variance
 
     def _attend(
         self,

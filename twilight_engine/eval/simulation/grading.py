@@ -29,7 +29,7 @@ class Grading:
 
     attn_top_p: float = 0.80
     attn_top_k: int | None = None
-    index_top_p: float | None = 0.98
+    index_top_p: float | None = 0.99
     group_rule: Rule = "mean"
     tail: Literal["mean", "renormalise"] = "mean"
     k_index: KFormat = "int4_channel"
