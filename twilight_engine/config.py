@@ -118,6 +118,9 @@ class SparseConfig:
             attn_top_p is raised by, so that the true mass reaches it (docs/method.md); 0: none.
         fetch: "row" fetches the rows wanted, "page" every row of a page that holds one.
         by_layer: another SparseConfig for some layers.
+        audit_every: of every so many decode steps of a sequence, one has a (layer, KV head) of its
+            graded layers checked exactly against the host's rows, in the background, and reported
+            in the metrics; None: no audits. That of by_layer's configs has no say.
     """
 
     policy: Policy = "graded"
@@ -131,6 +134,7 @@ class SparseConfig:
     mass_margin: float = 1.0
     fetch: Fetch = "row"
     by_layer: Mapping[int, SparseConfig] = field(default_factory=dict)
+    audit_every: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("policy", self.policy, ("graded", "dense"))
@@ -147,6 +151,12 @@ class SparseConfig:
         _one_of("group_rule", self.group_rule, ("mean", "union"))
         _one_of("tail", self.tail, ("mean", "renormalise"))
         _one_of("fetch", self.fetch, ("row", "page"))
+        if self.audit_every is not None and (
+            not isinstance(self.audit_every, int) or self.audit_every < 1
+        ):
+            raise ValueError(
+                f"audit_every is {self.audit_every!r}; it must be a whole number >= 1, or None"
+            )
         if self.mass_margin < 0:
             raise ValueError(f"mass_margin is {self.mass_margin}; it must be >= 0")
         if isinstance(self.selector, str):

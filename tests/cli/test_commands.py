@@ -81,6 +81,21 @@ def test_generate_writes_the_report(model: str, tmp_path: Path) -> None:
     assert "fewer bytes" in result.stderr
 
 
+def test_generate_audits_and_reports_it(model: str, tmp_path: Path) -> None:
+    options = ["--prompt", LONG, "--max-tokens", "9", "--device", "cpu"]
+    plain = json.loads(run("generate", model, *options, "--json").stdout)
+    options += ["--audit-every", "2"]
+    data = json.loads(run("generate", model, *options, "--json").stdout)
+    assert data["token_ids"] == plain["token_ids"]
+    assert 3 <= data["offload"]["audit"]["count"] <= 5 and "audit" not in plain["offload"]
+    assert data["offload"]["bytes"] == plain["offload"]["bytes"]
+    result = run("generate", model, *options, "--report", str(tmp_path))
+    assert (
+        "triples audited: realised mass" in result.stderr and "weakest query head" in result.stderr
+    )
+    assert json.loads((tmp_path / "report.json").read_text())["audit"]["bytes"] > 0
+
+
 def test_chat_answers_each_line_and_leaves(model: str) -> None:
     options = ["--max-tokens", "3", "--device", "cpu"]
     result = run("chat", model, *options, stdin="hello\n\nagain\n/quit\nnever\n")

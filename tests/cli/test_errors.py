@@ -46,6 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         ([*PROMPT, "--attn-top-p", "0"], ["attn_top_p is 0", "(0, 1]"]),
         ([*PROMPT, "--attn-top-p", "0.9", "--attn-top-k", "8"], ["give one of them"]),
         ([*PROMPT, "--attn-top-k", "0"], ["attn_top_k is 0"]),
+        ([*PROMPT, "--audit-every", "0"], ["audit_every is 0", ">= 1"]),
         ([*PROMPT, "--attn-top-p", "much"], ["--attn-top-p", "number"]),
         (
             [*PROMPT, "--attn-top-p", "0.995"],

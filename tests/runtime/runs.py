@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from twilight_engine.attention.audit_record import Audits
 from twilight_engine.layout import (
     COUNTER_DIRECT_BYTES,
     COUNTER_DIRECT_ROWS,
@@ -74,7 +75,25 @@ def made_up_steps(shape: RunShape, *, steps: int = 8, context: int = 4096, seed:
     )
 
 
-def made_up_output(*sequences: Steps) -> RequestOutput:
+def made_up_audits(shape: RunShape, steps: Steps, *, p: float = 0.8) -> Audits:
+    """An audit of each step, every layer and head in turn; one triple in four misses p."""
+    count = len(steps.context)
+    realised = np.where(np.arange(count) % 4 == 3, p - 0.02, p + 0.03)
+    return Audits(
+        step=steps.context,
+        layer=np.arange(count) % shape.num_layers,
+        kv_head=np.arange(count) % shape.num_kv_heads,
+        p=np.full(count, p),
+        estimated_mass=np.full(count, p + 0.01),
+        realised_mass=realised,
+        weakest_head_mass=realised - 0.1,
+        output_error=np.full(count, 0.02),
+        worst_head_error=np.full(count, 0.05),
+        bytes=steps.context * shape.row_bytes,
+    )
+
+
+def made_up_output(*sequences: Steps, audits: Audits | None = None) -> RequestOutput:
     """A finished request of these sequences."""
     metrics = RequestMetrics(
         arrival_time=0.0,
@@ -86,6 +105,7 @@ def made_up_output(*sequences: Steps) -> RequestOutput:
         num_prompt_tokens=int(sequences[0].context[0]) - 1 if len(sequences[0].context) else 10,
         num_generated_tokens=sum(len(s.context) + 1 for s in sequences),
         prefill_written_bytes=1 << 20,
+        audits=audits,
         **step_figures(sequences),
     )
     outputs = [CompletionOutput(i, "text", [1]) for i in range(len(sequences))]

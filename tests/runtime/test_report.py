@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.runtime.runs import made_up_output, made_up_shape, made_up_steps
+from tests.runtime.runs import made_up_audits, made_up_output, made_up_shape, made_up_steps
 from twilight_engine.runtime.outputs import RequestOutput
 from twilight_engine.runtime.report import GRADES, SCHEMA, OffloadReport, build_report
 
@@ -19,7 +19,7 @@ STEPS = made_up_steps(SHAPE)
 
 @pytest.fixture(scope="module")
 def report() -> OffloadReport:
-    return build_report([made_up_output(STEPS)], SHAPE)
+    return build_report([made_up_output(STEPS, audits=made_up_audits(SHAPE, STEPS))], SHAPE)
 
 
 def test_dense_bytes_are_every_visible_row_of_the_offloaded_layers(report: OffloadReport) -> None:
@@ -92,6 +92,25 @@ def test_json_is_what_the_documentation_says(report: OffloadReport) -> None:
 
     found = {re.sub(r"^rows\.(exact|index|tail|resident)", "rows.GRADE", n) for n in names(data)}
     assert found == documented
+
+
+def test_audits_of_all_requests_are_reported_together() -> None:
+    other = made_up_steps(SHAPE, steps=4, context=900)
+    audits = [made_up_audits(SHAPE, STEPS), made_up_audits(SHAPE, other, p=float("nan"))]
+    outputs = [made_up_output(s, audits=a) for s, a in zip((STEPS, other), audits, strict=True)]
+    data = build_report([*outputs, made_up_output(other)], SHAPE).to_json()
+    found = json.loads(json.dumps(data["audit"].pop("triples")))
+    assert found["step"] == [*STEPS.context, *other.context]
+    assert found["p"] == [0.8] * 8 + [None] * 4
+    assert data["audit"]["count"] == 12 and data["audit"]["share_kept"] == 0.75
+    assert data["audit"]["bytes"] == sum(found["step"]) * SHAPE.row_bytes
+    assert data["bytes"]["host_to_device"] == sum(
+        o.metrics.host_to_device_bytes for o in (*outputs, outputs[1])
+    )
+
+
+def test_no_audits_no_key() -> None:
+    assert "audit" not in build_report([made_up_output(STEPS)], SHAPE).to_json()
 
 
 def test_unfinished_requests_are_refused() -> None:

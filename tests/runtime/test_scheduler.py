@@ -22,9 +22,14 @@ def waiting(total_tokens: int, sparse: SparseConfig = BASE) -> Any:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"attn_top_p": 0.5}, {"index_top_p": 0.99}, {"attn_top_p": 0.9, "index_top_p": 0.95}],
+    [
+        {"attn_top_p": 0.5},
+        {"index_top_p": 0.99},
+        {"attn_top_p": 0.9, "index_top_p": 0.95},
+        {"audit_every": 3},
+    ],
 )
-def test_shares_of_mass_may_differ_in_a_batch(changes: dict[str, Any]) -> None:
+def test_shares_of_mass_and_audits_may_differ_in_a_batch(changes: dict[str, Any]) -> None:
     assert graph_key(BASE.replace(**changes)) == graph_key(BASE)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from twilight_engine.attention.audit import Audit, Auditor
 from twilight_engine.attention.graded import GradedAttention
 from twilight_engine.attention.step import page_table, window_start, with_sliding_window
 from twilight_engine.attention.streamed import StreamedAttention
@@ -26,17 +27,24 @@ class DecodeAttention:
         cache: the engine's KV cache.
         sequences: open sequences that hold their prompts.
         sparse: a SparseConfig for each. Within a batch only attn_top_p, index_top_p and attn_top_k
-            may differ (and neither between a number and None).
+            may differ (and neither between a number and None), and audit_every at will.
+        auditor: checks triples of the sequences whose config has audit_every; None: nobody does.
     Raises:
         ValueError: for configs that cannot share a batch or do not fit the cache.
     """
 
     def __init__(
-        self, cache: KVCache, sequences: Sequence[SequenceKV], sparse: Sequence[SparseConfig]
+        self,
+        cache: KVCache,
+        sequences: Sequence[SequenceKV],
+        sparse: Sequence[SparseConfig],
+        auditor: Auditor | None = None,
     ) -> None:
         if len(sequences) != len(sparse):
             raise ValueError(f"{len(sequences)} sequences came with {len(sparse)} sparse configs")
         self.cache, self.sequences = cache, list(sequences)
+        self._sparse, self._auditor = list(sparse), auditor
+        self._audits: list[Audit] = []
         device = cache.device
         self._slots = torch.tensor([s.slot for s in sequences], device=device)
         self._lens = torch.tensor([s.length for s in sequences], dtype=torch.int32, device=device)
@@ -95,6 +103,9 @@ class DecodeAttention:
             ]
         )
         self._streamed.begin_step(self.sequences, meta)
+        if self._auditor is not None:
+            layers = list(self._graded)
+            self._audits = self._auditor.plan(self.sequences, self._sparse, layers)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one layer; q [B, Hq, D], k and v [B, Hkv, D] -> [B, Hq, D]."""
@@ -110,7 +121,16 @@ class DecodeAttention:
         index_window_pages(tiers.windows, meta, tiers.index)
         if layer in self._streamed.layers:
             return self._streamed(layer, q, meta)
-        return self._graded[layer](q, meta)
+        out = self._graded[layer](q, meta)
+        self._audit(layer, q, out)
+        return out
+
+    def _audit(self, layer: int, q: Tensor, out: Tensor) -> None:
+        """Hand a graded layer that is audited in this step to the auditor."""
+        for audit in self._audits:
+            if audit.layer == layer:
+                assert self._auditor is not None and self.cache.buffers is not None
+                self._auditor.check(audit, q, out, self.cache.buffers.first(q.shape[0]).pruned)
 
     def end_step(self) -> None:
         """Close the step's log."""

@@ -192,7 +192,7 @@ class GradedAttention:
 
 
 def _shared(layer: int, configs: Sequence[SparseConfig]) -> SparseConfig:
-    """The config of a batch, whose members may differ in their p and k alone."""
+    """The config of a batch, whose members may differ in their p, k and audits alone."""
     first = configs[0]
     for other in configs[1:]:
         alike = other.replace(
@@ -200,6 +200,7 @@ def _shared(layer: int, configs: Sequence[SparseConfig]) -> SparseConfig:
             attn_top_k=first.attn_top_k,
             index_top_p=first.index_top_p,
             by_layer=first.by_layer,
+            audit_every=first.audit_every,
         )
         if (
             alike != first
@@ -209,6 +210,6 @@ def _shared(layer: int, configs: Sequence[SparseConfig]) -> SparseConfig:
         ):
             raise ValueError(
                 f"layer {layer}: sequences of one batch may differ in attn_top_p (below 1), "
-                f"index_top_p and attn_top_k alone; got {first} and {other}"
+                f"index_top_p, attn_top_k and audit_every alone; got {first} and {other}"
             )
     return first

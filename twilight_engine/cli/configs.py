@@ -24,6 +24,7 @@ def sparse_config(
     index_top_p: str | None,
     selector: str | None,
     fetch: str,
+    audit_every: int | None = None,
 ) -> SparseConfig:
     """The attention config of these options; what is None stays the preset's.
 
@@ -31,7 +32,12 @@ def sparse_config(
     """
     if attn_top_p is not None and attn_top_k is not None:
         raise ValueError("--attn-top-p and --attn-top-k are two ways to budget; give one of them")
-    changes: dict[str, Any] = {"policy": policy, "fetch": fetch, "attn_top_k": attn_top_k}
+    changes: dict[str, Any] = {
+        "policy": policy,
+        "fetch": fetch,
+        "attn_top_k": attn_top_k,
+        "audit_every": audit_every,
+    }
     if attn_top_p is not None:
         changes["attn_top_p"] = attn_top_p
     if index_top_p is not None:

@@ -51,6 +51,7 @@ def generate(
     index_top_p: options.IndexTopP = None,
     selector: options.Selector = None,
     fetch: options.Fetch = "row",
+    audit_every: options.AuditEvery = None,
     max_model_len: options.MaxModelLen = None,
     page_size: options.PageSize = 64,
     dense_layers: options.DenseLayers = "0,1",
@@ -77,6 +78,7 @@ def generate(
         index_top_p=index_top_p,
         selector=selector,
         fetch=fetch,
+        audit_every=audit_every,
     )
     kv = kv_config(preset, page_size=page_size, dense_layers=dense_layers)
     from twilight_engine.runtime.llm import LLM

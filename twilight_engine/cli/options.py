@@ -80,6 +80,14 @@ Fetch = Annotated[
         rich_help_panel=ATTENTION, help="What crosses the link: [b]row[/b] or whole [b]page[/b]."
     ),
 ]
+AuditEvery = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=ATTENTION,
+        help="Of every so many steps, check one (layer, KV head) exactly against the host's rows.",
+        show_default="off",
+    ),
+]
 
 MaxModelLen = Annotated[
     int | None,

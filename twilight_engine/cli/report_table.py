@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from twilight_engine.attention.audit_record import MASS_SLACK, Audits
 from twilight_engine.cli.units import format_bytes, format_seconds
 from twilight_engine.runtime.report import GRADES, OffloadReport
 
@@ -19,7 +20,8 @@ GRADE_MEANING = {
 
 def report_tables(report: OffloadReport) -> RenderableType:
     """The report as one renderable: bytes, rows by grade, and the ratio in a line."""
-    return Group(bytes_table(report), rows_table(report), headline(report))
+    audits = [] if report.audits is None else [audit_table(report.audits)]
+    return Group(bytes_table(report), rows_table(report), *audits, headline(report))
 
 
 def bytes_table(report: OffloadReport) -> Table:
@@ -58,6 +60,24 @@ def rows_table(report: OffloadReport) -> Table:
         rows = report.rows[grade]
         share = f"{rows.mean / total:.1%}"
         table.add_row(grade, f"{rows.mean:,.1f}", f"{rows.p95:,.1f}", share, GRADE_MEANING[grade])
+    return table
+
+
+def audit_table(audits: Audits) -> Table:
+    moved = format_bytes(int(audits.bytes.sum()))
+    title = f"Audit of {audits.count:,} (layer, KV head, step) triples, {moved} read for it"
+    table = Table(title=title, title_justify="left")
+    for name in ("what", "mean", "worst"):
+        table.add_column(name, justify="left" if name == "what" else "right")
+    realised, weakest = audits.realised_mass, audits.weakest_head_mass
+    estimated, error = audits.estimated_mass, audits.output_error
+    table.add_row("estimated mass", f"{estimated.mean():.3f}", f"{estimated.min():.3f}")
+    table.add_row("realised mass", f"{realised.mean():.3f}", f"{realised.min():.3f}", style="bold")
+    table.add_row("weakest query head", f"{weakest.mean():.3f}", f"{weakest.min():.3f}")
+    table.add_row("output error", f"{error.mean():.4f}", f"{audits.worst_head_error.max():.4f}")
+    kept = audits.share_kept
+    if kept is not None:
+        table.add_row(f"triples at p - {MASS_SLACK} or above", f"{kept:.1%}", "")
     return table
 
 

@@ -42,6 +42,7 @@ class SequenceKV:
     pages: list[int]
     length: int = 0
     closed: bool = False
+    reads: list[torch.cuda.Event] = field(default_factory=list)  # of its pages, in the background
 
 
 @dataclass
@@ -218,7 +219,7 @@ class KVCache:
                 release_sequence(layer.hot, sequence.slot, pages)
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
         self.pool.release(sequence.pages, epoch=epoch)
-        self._closing.append(_Closing(epoch, self._record_events()))
+        self._closing.append(_Closing(epoch, self._record_events() + sequence.reads))
         self._free_slots.append(sequence.slot)
 
     def begin_token(self, sequence: SequenceKV, *, first: bool) -> None:

@@ -56,6 +56,7 @@ class BatchRun:
             self._runner.cache.close_sequence(self._open[-1][1])
             self._open.pop()
         self._runner.cache.log.clear()
+        self._runner.clear_audits()
 
     def _prefill(self, sequence: Sequence) -> None:
         cache, request = self._runner.cache, sequence.request
@@ -140,6 +141,7 @@ class BatchRun:
         cache = self._runner.cache
         for sequence, kv in [pair for pair in self._open if pair[0].finished]:
             sequence.steps = cache.log.request(kv.sequence_id)
+            sequence.audits = self._runner.take_audits(kv)
             cache.close_sequence(kv)
             self._open.remove((sequence, kv))
             request = sequence.request

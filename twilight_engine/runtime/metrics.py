@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from twilight_engine.attention.audit_record import Audits
 from twilight_engine.layout import (
     COUNTER_DIRECT_BYTES,
     COUNTER_DIRECT_ROWS,
@@ -44,6 +45,8 @@ class RequestMetrics:
         budget_by_layer: [L, Hkv] mean exact rows a step, resident ones left out.
         mass_by_layer: [L] mean estimated attention mass of the exact grade, resident included.
         steps: the per-step arrays of each sequence, for reports.
+        audits: triples of its steps that were checked exactly (SparseConfig.audit_every); None if
+            there are none. On a CPU their time is part of decode_s.
     """
 
     arrival_time: float
@@ -70,6 +73,12 @@ class RequestMetrics:
     budget_by_layer: NDArray[np.float64] = field(repr=False)
     mass_by_layer: NDArray[np.float64] = field(repr=False)
     steps: tuple[Steps, ...] = field(repr=False)
+    audits: Audits | None = field(repr=False)
+
+    @property
+    def audit_bytes(self) -> int:
+        """Host to device, read by audits: no part of host_to_device_bytes."""
+        return 0 if self.audits is None else int(self.audits.bytes.sum())
 
     @property
     def queue_s(self) -> float:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from twilight_engine.attention.audit_record import Audits, join_audits
 from twilight_engine.runtime.metrics import step_bytes
 from twilight_engine.runtime.outputs import RequestOutput
 from twilight_engine.telemetry import Array, Steps
@@ -91,6 +92,7 @@ class OffloadReport:
         mass_by_layer: [L] mean estimated attention mass of the exact grade.
         by_step: name -> [steps]: context, rows of each grade a layer and KV head, dense and moved
             bytes; requests one after the other.
+        audits: the requests' triples that were checked exactly, or None.
     """
 
     shape: RunShape
@@ -110,6 +112,7 @@ class OffloadReport:
     rows: dict[str, GradeRows]
     mass_by_layer: NDArray[np.float64]
     by_step: dict[str, NDArray[np.float64]]
+    audits: Audits | None
 
     @property
     def host_to_device_bytes(self) -> int:
@@ -167,6 +170,7 @@ class OffloadReport:
             },
             "mass_by_layer": self.mass_by_layer.round(6).tolist(),
             "steps": {name: values.round(3).tolist() for name, values in self.by_step.items()},
+            **({} if self.audits is None else {"audit": self.audits.to_json()}),
         }
 
 
@@ -204,6 +208,7 @@ def build_report(outputs: Sequence[RequestOutput], shape: RunShape) -> OffloadRe
         rows={grade: grade_rows(grade, sequences, layers) for grade in GRADES},
         mass_by_layer=mean_mass(sequences, shape.num_layers),
         by_step=step_series(sequences, shape, visible),
+        audits=join_audits([m.audits for m in metrics]),
     )
 
 

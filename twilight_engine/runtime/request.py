@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from twilight_engine.attention.audit_record import Audits, join_audits
 from twilight_engine.config import SparseConfig
 from twilight_engine.runtime.metrics import RequestMetrics, step_figures
 from twilight_engine.runtime.outputs import CompletionOutput, Logprob, RequestOutput
@@ -30,6 +31,7 @@ class Sequence:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     steps: Steps | None = None
+    audits: Audits | None = None
     prefill_written_bytes: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -130,5 +132,6 @@ class Request:
             num_prompt_tokens=len(self.prompt_token_ids),
             num_generated_tokens=sum(len(s.token_ids) for s in sequences),
             prefill_written_bytes=sum(s.prefill_written_bytes for s in sequences),
+            audits=join_audits([s.audits for s in sequences]),
             **step_figures([s.steps for s in sequences if s.steps is not None]),
         )

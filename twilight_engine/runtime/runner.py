@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from twilight_engine.attention.audit import Auditor
+from twilight_engine.attention.audit_record import Audits
 from twilight_engine.attention.decode import DecodeAttention
 from twilight_engine.attention.prefill import PrefillAttention
 from twilight_engine.config import SparseConfig
@@ -25,6 +27,7 @@ class Runner:
         self.model, self.cache = model, cache
         size = cache.config.page_size
         self.chunk_size = -(-prefill_chunk_size // size) * size
+        self._auditor: Auditor | None = None
 
     @torch.inference_mode()
     def prefill(
@@ -68,9 +71,20 @@ class Runner:
         prompt_lens: Sequence[int],
     ) -> DecodeBatch:
         """Prepare steps for prefilled sequences; build a new one when the batch changes."""
-        attend = DecodeAttention(self.cache, list(sequences), list(sparse))
+        if self._auditor is None and any(config.audit_every is not None for config in sparse):
+            self._auditor = Auditor(self.cache)
+        attend = DecodeAttention(self.cache, list(sequences), list(sparse), self._auditor)
         lengths = torch.tensor(prompt_lens, dtype=torch.int64, device=self.cache.device)
         return DecodeBatch(self.model, attend, lengths)
+
+    def take_audits(self, sequence: SequenceKV) -> Audits | None:
+        """What audits of a sequence's steps found, once; waits for them. None: there were none."""
+        return None if self._auditor is None else self._auditor.take(sequence.sequence_id)
+
+    def clear_audits(self) -> None:
+        """Forget the audits that nobody took."""
+        if self._auditor is not None:
+            self._auditor.clear()
 
 
 class DecodeBatch:

@@ -13,7 +13,7 @@ def graph_key(config: SparseConfig) -> tuple[Any, ...]:
     """What decides a step's kernels; sequences with equal keys can share a batch.
 
     attn_top_p, index_top_p and attn_top_k are device arrays, one value a sequence, so only their
-    absence, and attn_top_p >= 1, which keeps every row by rule, count here.
+    absence, and attn_top_p >= 1, which keeps every row by rule, count here. audit_every does not.
     """
     selector = config.selector if isinstance(config.selector, str) else id(config.selector)
     layers = tuple((i, graph_key(config.by_layer[i])) for i in sorted(config.by_layer))
