@@ -147,7 +147,7 @@ def test_keeping_every_row_has_all_mass_and_no_error(device):
         assert found.realised_mass == pytest.approx(1.0, abs=1e-12)
         assert found.weakest_head == pytest.approx(1.0, abs=1e-12)
         assert (found.estimated_mass == 1).all()
-        assert (found.worst_head_error < 1e-5).all()
+        assert (found.worst_head_error < (1e-5 if device.type == "cpu" else 1e-4)).all()
 
 
 def test_a_list_that_misses_its_heaviest_row_is_found_out(device):

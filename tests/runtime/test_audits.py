@@ -55,6 +55,20 @@ def test_each_request_has_its_own_audits() -> None:
         assert audits_of(again).count == 8, "nothing is left from the requests before"
 
 
+def test_sequences_that_leave_early_take_their_own_audits() -> None:
+    with tiny_llm() as llm:
+        params = [
+            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+            for tokens in (9, 1, 4)
+        ]
+        prompts = [prompt_ids(length, i) for i, length in enumerate(LENGTHS)]
+        sparse = SparseConfig(audit_every=1)
+        long, none, short = llm.generate(prompts, params, sparse_config=sparse, use_tqdm=False)
+    assert audits_of(long).step.tolist() == list(range(151, 159))
+    assert none.metrics is not None and none.metrics.audits is None
+    assert audits_of(short).step.tolist() == [98, 99, 100]
+
+
 def test_all_sequences_of_a_request_are_audited() -> None:
     with tiny_llm() as llm:
         for output in run(llm, SparseConfig(audit_every=1), n=2):
