@@ -65,7 +65,7 @@ def rows_table(report: OffloadReport) -> Table:
 
 def audit_table(audits: Audits) -> Table:
     moved = format_bytes(int(audits.bytes.sum()))
-    title = f"Audit of {audits.count:,} (layer, KV head, step) triples, {moved} read for it"
+    title = f"Audit of {audits.count:,} triples ({moved} read)"
     table = Table(title=title, title_justify="left")
     for name in ("what", "mean", "worst"):
         table.add_column(name, justify="left" if name == "what" else "right")
