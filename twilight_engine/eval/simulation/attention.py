@@ -104,7 +104,8 @@ class _Step:
         return out.permute(2, 0, 1, 3).flatten(1, 2), trace
 
     def _pages(self, x: Tensor) -> Tensor:
-        return x[:, : self.full * self.size].unflatten(1, (self.full, self.size))
+        pages: Tensor = x[:, : self.full * self.size].unflatten(1, (self.full, self.size))
+        return pages
 
     def _logits(self, keys: Tensor) -> Tensor:
         logits: Tensor = self.q @ keys.transpose(1, 2)[:, None]
