@@ -41,6 +41,15 @@ class OneLineErrors(TyperGroup):
             end(describe(error), exit_code(error))
         sys.exit(code if isinstance(code, int) else 0)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command asked for; the error for one that is not there lists those that are."""
+        try:
+            return super().resolve_command(ctx, args)
+        except ClickException as error:
+            there = ", ".join(self.list_commands(ctx))
+            error.message += f" Allowed: {there}."  # type: ignore[attr-defined]
+            raise
+
 
 def exit_code(error: Exception) -> int:
     """2 for what the caller can put right on the command line, else 1."""

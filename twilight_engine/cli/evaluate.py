@@ -10,6 +10,7 @@ import typer
 
 from twilight_engine.cli import options
 from twilight_engine.cli.errors import OneLineErrors
+from twilight_engine.cli.evaluate_tasks import longbench, niah, ppl, ruler
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +27,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="What a method loses and what it costs, on real texts.",
 )
+
+
+for task in (niah, ruler, ppl, longbench):
+    app.command()(task)
 
 
 @app.callback()

@@ -33,7 +33,8 @@ class Cost:
             windows, hot rows and dense layers.
         device_read_bytes: KV bytes a step reads on the device, over all layers; None where a
             selector's own reads are not counted.
-        mass: estimated attention mass of the exact rows, resident ones included.
+        mass: estimated attention mass of the exact rows, resident ones included, as a share of
+            what the selector left to choose from.
     """
 
     steps: int
