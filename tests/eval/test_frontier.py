@@ -9,10 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 from tests.cli.models import tiny_model
-from tests.runtime.tiny import byte_tokenizer
 from twilight_engine.cli.main import app
 from twilight_engine.eval.frontier import FrontierPoint, mark_front
-from twilight_engine.eval.passages import passages
 from twilight_engine.eval.simulation.row_cache import cache_slots, lru_misses
 
 
@@ -61,23 +59,6 @@ def test_slots_follow_the_mean_sets():
     wanted = torch.zeros(2, 3, 100, dtype=torch.bool)
     wanted[0, :, :30], wanted[1, :, :10] = True, True
     assert cache_slots(wanted, 0.1).tolist() == [15, 5]
-
-
-def test_passages_take_turns_and_do_not_overlap():
-    tokenizer = byte_tokenizer()
-    texts = [("a", "x" * 1000), ("b", "y" * 1200)]
-    found = passages(tokenizer, texts, length=100, targets=10, count=4)
-    assert [p.item_id.split("/")[0] for p in found] == ["a", "b", "a", "b"]
-    assert all((len(p.context_ids), len(p.target_ids)) == (90, 10) for p in found)
-    starts = [int(p.item_id.split("/")[1]) for p in found]
-    assert starts[2] - starts[0] >= 100 and starts[3] - starts[1] >= 100
-
-
-def test_passages_of_a_short_text():
-    with pytest.raises(ValueError, match="the text a has 50 tokens; 1 passages of 100 tokens"):
-        passages(byte_tokenizer(), [("a", "x" * 50)], length=100, targets=10, count=1)
-    with pytest.raises(ValueError, match=r"targets is 100; it must lie in \[1, 99\]"):
-        passages(byte_tokenizer(), [("a", "x" * 500)], length=100, targets=100, count=1)
 
 
 def test_command_writes_table_json_and_plot(tmp_path: Path):

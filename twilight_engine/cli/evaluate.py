@@ -10,7 +10,7 @@ import typer
 
 from twilight_engine.cli import options
 from twilight_engine.cli.errors import OneLineErrors
-from twilight_engine.cli.evaluate_tasks import longbench, niah, ppl, ruler
+from twilight_engine.cli.evaluate_tasks import niah, ppl, ruler
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 
 
-for task in (niah, ruler, ppl, longbench):
+for task in (niah, ruler, ppl):
     app.command()(task)
 
 
@@ -66,10 +66,10 @@ def frontier(
     from rich.console import Console
     from rich.progress import Progress
 
-    from twilight_engine.eval import passages as texts
     from twilight_engine.eval.frontier import frontier as run
     from twilight_engine.eval.frontier import gradings
     from twilight_engine.eval.frontier_plot import plot_frontier
+    from twilight_engine.eval.tasks.ppl import passages as cut
     from twilight_engine.models.load import load_model
     from twilight_engine.runtime.arguments import pick_device
 
@@ -78,7 +78,7 @@ def frontier(
     if loaded.tokenizer is None:
         raise ValueError(f"{model} has no tokenizer; frontier needs one to read texts")
     sweep = pick(gradings(loaded.config.num_layers), only)
-    chosen = texts.passages(loaded.tokenizer, named, length=length, targets=targets, count=passages)
+    chosen = cut(loaded.tokenizer, named, length=length, targets=targets, count=passages)
     with Progress(console=Console(stderr=True)) as bars:
         task = bars.add_task("gradings", total=len(sweep) * len(chosen))
         points = run(

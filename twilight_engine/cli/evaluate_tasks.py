@@ -1,4 +1,4 @@
-"""`twilight eval niah | ruler | ppl | longbench`: methods side by side on the same items."""
+"""`twilight eval niah | ruler | ppl`: methods side by side on the same items."""
 
 from __future__ import annotations
 
@@ -32,21 +32,8 @@ Items = Annotated[int, typer.Option(rich_help_panel=TASK, help="Items of each le
 ItemsAGroup = Annotated[
     int, typer.Option(rich_help_panel=TASK, help="Items of each length and subtask.")
 ]
-Limit = Annotated[
-    int | None,
-    typer.Option(rich_help_panel=TASK, help="Items of each file.", show_default="all"),
-]
 Targets = Annotated[
     int, typer.Option(rich_help_panel=TASK, help="Last tokens of a passage to predict.")
-]
-Data = Annotated[
-    Path,
-    typer.Option(
-        metavar="PATH",
-        rich_help_panel=TASK,
-        help="A LongBench .jsonl file, or a folder of them.",
-        show_default=False,
-    ),
 ]
 Text = Annotated[
     list[Path],
@@ -149,7 +136,7 @@ def ruler(
     device: options.Device = "auto",
     out: Out = Path("twilight-ruler"),
 ) -> None:
-    """Thirteen-fold retrieval: needles among needles, variables to trace, words to count."""
+    """Retrieval in RULER's kinds: needles among needles, variables to trace, words to count."""
     from twilight_engine.eval.tasks.ruler import ruler_items
 
     def make(tokenizer: Tokenizer, texts: Texts, tokens: int) -> Sequence[Item]:
@@ -181,28 +168,3 @@ def ppl(
         return passages(tokenizer, texts, length=tokens, targets=targets, count=items)
 
     run_task(TaskRun.of("ppl", context.params), make)
-
-
-def longbench(
-    context: typer.Context,
-    model: options.Model,
-    data: Data,
-    methods: Methods = METHODS,
-    length: Length = DEFAULT_LENGTH,
-    items: Limit = None,
-    question: Question = "prefill",
-    batch: Batch = 32,
-    hot_bytes: HotBytes = None,
-    device_memory: DeviceMemory = None,
-    host_memory: HostMemory = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    out: Out = Path("twilight-longbench"),
-) -> None:
-    """LongBench from files of your own, cut in the middle to the length, with its metrics."""
-    from twilight_engine.eval.tasks.longbench import longbench_items
-
-    def make(tokenizer: Tokenizer, texts: Texts, tokens: int) -> Sequence[Item]:
-        return longbench_items(tokenizer, data, max_length=tokens, limit=items)
-
-    run_task(TaskRun.of("longbench", context.params), make)

@@ -17,7 +17,7 @@ COLOURS = ("#35618f", "#d1495b", "#edae49", "#5b8e7d", "#7b5ea7")  # by length
 MOST_COLUMNS = 4  # heat maps side by side
 LEAST_KL = 1e-9  # what is drawn of none at all
 LINEAR_MIB = 0.01  # below, the axis of link bytes is linear, so that 0 has a place
-DEPTH_STEP = 0.125  # rows of a heat map
+DEPTH_STEP = 0.1  # rows of a heat map
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,

@@ -22,8 +22,10 @@ def passages(
         texts: (name, text) pairs.
         targets: last tokens of each slice that are predicted.
     Raises: ValueError for a text with too few tokens, with both numbers; for targets that leave no
-        context.
+        context; without texts.
     """
+    if not texts:
+        raise ValueError("texts is empty; give at least one (name, text)")
     if not 0 < targets < length:
         raise ValueError(f"targets is {targets}; it must lie in [1, {length - 1}], below length")
     each = -(-count // len(texts))
