@@ -62,7 +62,9 @@ class TaskRun:
         if question not in ("prefill", "decode"):
             raise ValueError(f"--question is {question!r}; allowed: 'prefill', 'decode'")
         check_at_least_one(batch=given["batch"], items=params["items"])
-        given["text"] = tuple(given.get("text", ()))
+        # Some versions of typer keep paths as strings in the context and convert them later.
+        given["text"] = tuple(Path(path) for path in given.get("text", ()))
+        given["out"] = Path(given["out"])
         given.setdefault("seed", 0)
         return cls(task=task, lengths=parse_lengths(params["length"]), **given)
 
