@@ -6,6 +6,8 @@
 // neighbouring rows of the list, a warp has kInFlight loads a lane on the link at once, and any row
 // size that is a multiple of 16 bytes keeps all lanes busy.
 // Bytes moved: row_bytes an entry over the link (PCIe 5 x16: 51 GB/s measured; 8 blocks reach it).
+// With `times` the blocks also note when the first began and the last ended, by the GPU's own
+// clock: timing events inside a CUDA graph could be read only between two replays.
 #include "csrc/block_scan.cuh"
 #include "csrc/common.cuh"
 #include "csrc/gather_rows.h"
@@ -47,9 +49,17 @@ __device__ __forceinline__ int segment_of(const unsigned* ends, int num_segments
   return low;
 }
 
+__device__ __forceinline__ unsigned long long now_ns() {
+  unsigned long long ns;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+  return ns;
+}
+
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRowsParams p) {
   extern __shared__ unsigned ends[];  // [num_segments]
   __shared__ BlockScan scan;
+  const bool timed = p.times != nullptr && threadIdx.x == 0;
+  const unsigned long long start_ns = timed ? now_ns() : 0;
   const unsigned num_rows = sum_segments(p, ends, scan);
   const unsigned row_vectors = p.row_bytes / 16;
   const uint64_t num_vectors = static_cast<uint64_t>(num_rows) * row_vectors;
@@ -89,9 +99,14 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRowsParams 
       if (to[i] != nullptr) *reinterpret_cast<uint4*>(to[i]) = data[i];
     }
   }
-  if (p.counters == nullptr) return;
   unsigned block_moved;
-  block_exclusive_sum(moved, scan, &block_moved);
+  block_exclusive_sum(moved, scan, &block_moved);  // every warp of the block is done
+  if (timed && block_moved > 0) {
+    auto* times = reinterpret_cast<unsigned long long*>(p.times);
+    atomicMin(&times[0], start_ns);
+    atomicMax(&times[1], now_ns());
+  }
+  if (p.counters == nullptr) return;
   if (threadIdx.x == 0 && block_moved > 0) {
     atomicAdd(reinterpret_cast<unsigned long long*>(p.counters + kCounterFetchedBytes),
               static_cast<unsigned long long>(block_moved) * p.row_bytes);

@@ -13,6 +13,7 @@ struct GatherRowsParams {
   const int* counts;    // [B * Hkv]
   char* rows;           // [R] rows of row_bytes
   int64_t* counters;    // [NUM_COUNTERS], or null
+  int64_t* times;       // [2] ns: least start and greatest end of a block so far, or null
   int num_segments;     // B * Hkv, at most 8192
   int num_kv_heads;
   int capacity;

@@ -438,6 +438,7 @@ def gather_rows(
     counts: int,
     rows: int,
     counters: int,
+    times: int,
     num_segments: int,
     num_kv_heads: int,
     fetch_capacity: int,

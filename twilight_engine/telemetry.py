@@ -91,7 +91,14 @@ class _Block:
 class StepLog:
     """Per-step, per-layer, per-head counts of an engine; device buffers of `block_steps` steps.
 
-    Reading synchronises once a block; a step only copies small tensors on its own stream.
+    Reading synchronises once a block; a step only copies small tensors on its own stream. What a
+    layer records goes to the same addresses in every step, so that a step can be a CUDA graph;
+    end_step copies it to the step's place.
+
+    Attributes:
+        counters: [num_layers, NUM_COUNTERS] int64, cumulative, counted on the device.
+        link_ns: [num_layers, 2] int64: start and end of this step's fetch by the device's clock,
+            as gather_rows notes them.
     """
 
     num_layers: int
@@ -103,18 +110,24 @@ class StepLog:
     device: torch.device
     block_steps: int = 128
     counters: Tensor = field(init=False)
+    link_ns: Tensor = field(init=False)
     _blocks: list[_Block] = field(init=False, default_factory=list)
     _pending: list[list[Visit]] = field(init=False, default_factory=list)
     _link: list[list[Callable[[], float]]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         shape = (self.block_steps, self.num_layers, self.max_num_seqs, self.num_kv_heads)
-        # Cumulative, counted on the device: [num_layers, NUM_COUNTERS].
         self.counters = torch.zeros(
             self.num_layers, NUM_COUNTERS, dtype=torch.int64, device=self.device
         )
+        no_fetch = torch.tensor([torch.iinfo(torch.int64).max, 0], device=self.device)
+        self._no_fetch = no_fetch.expand(self.num_layers, 2).contiguous()
+        self.link_ns = self._no_fetch.clone()
+        self._link_ns = self._no_fetch.repeat(self.block_steps, 1, 1)
         self._counts = torch.zeros(*shape, NUM_COUNTS, dtype=torch.int32, device=self.device)
         self._mass = torch.ones(shape, dtype=torch.float32, device=self.device)
+        self._step_counts = torch.zeros_like(self._counts[0])
+        self._step_mass = torch.ones_like(self._mass[0])
         # The counters before and after each step; what prefill counts in between is not a step's.
         self._totals = torch.zeros(
             2,
@@ -129,27 +142,30 @@ class StepLog:
         """Start a step over these sequences, in batch order."""
         if len(self._pending) == self.block_steps:
             self.flush()
-        row = len(self._pending)
-        self._counts[row].zero_()
-        self._mass[row].fill_(1.0)
-        self._totals[0, row].copy_(self.counters)
+        self._step_counts.zero_()
+        self._step_mass.fill_(1.0)
+        self.link_ns.copy_(self._no_fetch)
+        self._totals[0, len(self._pending)].copy_(self.counters)
         self._pending.append(sequences)
         self._link.append([])
 
     def record_layer(self, layer: int, counts: dict[int, Tensor], mass: Tensor | None) -> None:
         """Keep a layer's counts (column -> [B, H] int32) and mass ([B, H])."""
-        row = self._counts[len(self._pending) - 1, layer]
         for column, values in counts.items():
-            row[: values.shape[0], :, column].copy_(values)
+            self._step_counts[layer, : values.shape[0], :, column].copy_(values)
         if mass is not None:
-            self._mass[len(self._pending) - 1, layer, : mass.shape[0]].copy_(mass)
+            self._step_mass[layer, : mass.shape[0]].copy_(mass)
 
     def end_step(self) -> None:
         """Close the step: its counters are what was added since begin_step."""
-        self._totals[1, len(self._pending) - 1].copy_(self.counters)
+        row = len(self._pending) - 1
+        self._counts[row].copy_(self._step_counts)
+        self._mass[row].copy_(self._step_mass)
+        self._link_ns[row].copy_(self.link_ns)
+        self._totals[1, row].copy_(self.counters)
 
     def time_link(self) -> LinkTimer:
-        """A context manager around the copies that use the link, on the current stream."""
+        """A context manager around copies over the link that do not note link_ns themselves."""
         return LinkTimer(self.device, self._link[-1])
 
     def _tokens(self, context: Array, window_start: Array) -> tuple[Array, Array]:
@@ -180,10 +196,17 @@ class StepLog:
                 counts=self._counts[:steps].cpu().numpy().astype(np.int64),
                 mass=self._mass[:steps].cpu().numpy().copy(),
                 counters=totals[1] - totals[0],
-                link_seconds=np.array([sum(read() for read in reads) for reads in self._link]),
+                link_seconds=self._link_seconds(),
             )
         )
         self._pending, self._link = [], []
+
+    def _link_seconds(self) -> NDArray[np.float64]:
+        """[T] of the pending steps: what the fetches noted, and what was timed from outside."""
+        start, end = self._link_ns[: len(self._pending)].cpu().numpy().transpose(2, 0, 1)
+        seconds = np.array([sum(read() for read in reads) for reads in self._link], np.float64)
+        seconds += np.where(end > 0, end - start, 0).sum(1) / 1e9
+        return seconds
 
     def clear(self) -> None:
         """Forget every step (the cumulative counters stay)."""

@@ -104,6 +104,7 @@ class Run:
         """One step of every layer: attention outputs and dense ones, [layers, B, Hq, D] float32."""
         m = self.shape
         decode.begin_step()
+        decode.advance()
         outs, expected = [], []
         for layer in range(m.num_layers):
             q, k, v = (

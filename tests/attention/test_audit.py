@@ -44,6 +44,7 @@ class AuditedRun:
     def step(self) -> None:
         m, random = self.run.shape, self.run.random
         self.decode.begin_step()
+        self.decode.advance()
         seen: dict[int, Seen] = {}
         for layer in range(m.num_layers):
             q, k, v = (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twilight_engine.attention.audit import Audit, Auditor
 from twilight_engine.attention.graded import GradedAttention
-from twilight_engine.attention.step import page_table, window_start, with_sliding_window
+from twilight_engine.attention.step import bucket, page_table, window_start, with_sliding_window
 from twilight_engine.attention.streamed import StreamedAttention
 from twilight_engine.config import SparseConfig
 from twilight_engine.kv.cache import KVCache, SequenceKV
@@ -51,6 +51,8 @@ class DecodeAttention:
         self._table = page_table(cache, sequences)
         self._row = torch.arange(len(sequences) + 1, dtype=torch.int32, device=device)
         self._zeros = torch.zeros(len(sequences), dtype=torch.int32, device=device)
+        self._max_len = 0
+        self._begun = False
         self._graded: dict[int, GradedAttention] = {}
         self._streamed = StreamedAttention(cache, self._dense_policy_layers(sparse))
         for layer in cache.sparse_layers:
@@ -65,21 +67,49 @@ class DecodeAttention:
         """[B] int64: the position of each sequence's token in this step, device."""
         return self._lens.long() - 1
 
+    @property
+    def max_len(self) -> int:
+        """What bounds every sequence in this step; a captured step serves all of one max_len."""
+        return self._max_len
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the layers of this step need the host, so that it cannot be a CUDA graph."""
+        return bool(self._streamed.layers or self._audits)
+
     def begin_step(self) -> None:
-        """Make room for a token in every sequence and describe the step on the device.
+        """The host's part of a step: make room for a token in every sequence, and log it.
 
         Raises: OutOfPages or ValueError if a sequence cannot grow; none has got its token then.
         """
-        grown = [self.cache.extend(s, s.length + 1) for s in self.sequences]
+        cache, config = self.cache, self.cache.config
+        grown = [cache.extend(s, s.length + 1) for s in self.sequences]
         if any(grown):
-            self._table = page_table(self.cache, self.sequences)
+            self._table.copy_(page_table(cache, self.sequences))
         for sequence in self.sequences:
-            self.cache.begin_token(sequence, first=not self._metas)
-        self._lens = self._lens + 1
+            cache.begin_token(sequence, first=not self._begun)
+        self._begun = True
+        longest = max(s.length for s in self.sequences)
+        self._max_len = min(bucket(longest, config.page_size), cache.plan.capacity)
+        cache.start_step(self._slots)
+        recent, size = config.num_recent, config.page_size
+        cache.log.begin_step(
+            [
+                Visit(s.sequence_id, s.length, window_start(s.length, recent, size))
+                for s in self.sequences
+            ]
+        )
+        self._streamed.begin_step(self.sequences, self._table)
+        if self._auditor is not None:
+            layers = list(self._graded)
+            self._audits = self._auditor.plan(self.sequences, self._sparse, layers)
+
+    def advance(self) -> None:
+        """The device's part, before the first layer: count the tokens and describe the step."""
+        self._lens.add_(1)
         config = self.cache.config
         recent, size = config.num_recent, config.page_size
         starts = torch.div(self._lens - recent, size, rounding_mode="floor").clamp_(min=0) * size
-        longest = max(s.length for s in self.sequences)
         meta = StepMeta(
             page_table=self._table,
             seq_slots=self._slots.int(),
@@ -91,21 +121,10 @@ class DecodeAttention:
             ctx_starts=self._zeros,
             page_size=size,
             num_sink=config.num_sink,
-            max_len=min(-(-longest // size) * size, self.cache.plan.capacity),
+            max_len=self._max_len,
         )
         windows = set(self.cache.model.sliding_windows)
         self._metas = {w: with_sliding_window(meta, w) for w in windows}
-        self.cache.start_step(self._slots)
-        self.cache.log.begin_step(
-            [
-                Visit(s.sequence_id, s.length, window_start(s.length, recent, size))
-                for s in self.sequences
-            ]
-        )
-        self._streamed.begin_step(self.sequences, meta)
-        if self._auditor is not None:
-            layers = list(self._graded)
-            self._audits = self._auditor.plan(self.sequences, self._sparse, layers)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one layer; q [B, Hq, D], k and v [B, Hkv, D] -> [B, Hq, D]."""

@@ -162,8 +162,9 @@ class GradedAttention:
                 gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
             return locations, fetch
         stream.wait_stream(torch.cuda.current_stream(self.cache.device))
-        with torch.cuda.stream(stream), self.cache.log.time_link():
-            gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
+        times = self.cache.log.link_ns[self.layer]
+        with torch.cuda.stream(stream):
+            gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters, times=times)
         return locations, fetch
 
     def _attend_exact(self, q: Tensor, exact: RowLists, locations: Tensor, meta: StepMeta) -> State:

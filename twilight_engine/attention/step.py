@@ -17,6 +17,16 @@ def window_start(length: int, num_recent: int, page_size: int) -> int:
     return max(0, (length - num_recent) // page_size * page_size)
 
 
+def bucket(length: int, page_size: int) -> int:
+    """A max_len for steps of this length: whole pages, at most an eighth more than needed.
+
+    Steps of one bucket are alike in all that the host decides, so one CUDA graph serves them.
+    """
+    pages = -(-length // page_size)
+    step = 1 << max(0, pages.bit_length() - 4)
+    return -(-pages // step) * step * page_size
+
+
 def page_table(cache: KVCache, sequences: Sequence[SequenceKV]) -> Tensor:
     """[B, pages_per_sequence] int32 page ids on the device, NO_ROW beyond a sequence's pages."""
     table = torch.full((len(sequences), cache.plan.pages_per_sequence), NO_ROW, dtype=torch.int32)

@@ -48,13 +48,13 @@ class StreamedAttention:
         self._pages = torch.empty(0, dtype=torch.int32)
         self._no_list: tuple[RowLists, Tensor] | None = None
 
-    def begin_step(self, sequences: Sequence[SequenceKV], meta: StepMeta) -> None:
+    def begin_step(self, sequences: Sequence[SequenceKV], page_table: Tensor) -> None:
         """Lay out the staging of this step: the sequences' full pages, one after another."""
         if not self.layers:
             return
         config, device = self.cache.config, self.cache.device
         size = config.page_size
-        table = torch.full_like(meta.page_table, NO_ROW, device="cpu")
+        table = torch.full_like(page_table, NO_ROW, device="cpu")
         pages: list[int] = []
         for b, sequence in enumerate(sequences):
             full = window_start(sequence.length, config.num_recent, size) // size
@@ -67,7 +67,7 @@ class StreamedAttention:
             self._allocate(sum(len(sequence.pages) for sequence in sequences))
         for buffer in self._buffers:
             buffer.layer = None
-        heads, n = self.cache.model.num_kv_heads, meta.num_queries
+        heads, n = self.cache.model.num_kv_heads, len(sequences)
         if self._no_list is None or self._no_list[1].shape[0] != n:
             empty = RowLists.empty(n, heads, 1, device)
             self._no_list = (empty, torch.full_like(empty.tokens, NO_ROW))

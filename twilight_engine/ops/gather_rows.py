@@ -22,6 +22,7 @@ def gather_rows(
     rows: Tensor,
     *,
     counters: Tensor | None = None,
+    times: Tensor | None = None,
     num_blocks: int = NUM_BLOCKS,
     stream: torch.cuda.Stream | None = None,
 ) -> None:
@@ -37,12 +38,17 @@ def gather_rows(
         fetch: lists of resolve_rows, on rows' device.
         rows: [R, 2D] of host_kv's dtype; 2D elements must be a multiple of 16 bytes.
         counters: [NUM_COUNTERS] int64, on rows' device; adds the bytes moved.
+        times: [2] int64, on rows' device (CUDA only): lowered to the start and raised to the end of
+            the copy, in ns of the device's clock; left alone by a copy of nothing.
         num_blocks: CUDA thread blocks to use.
         stream: where to run; torch's current stream if None.
     Raises: ValueError for shapes, dtypes, strides or a row size other than these.
     Source: zero-copy gather; see csrc/gather_rows.cu.
     """
     _check(host_kv, fetch, rows, counters, num_blocks)
+    if times is not None:
+        check_shape("times", times, (2,))
+        check_dtype("times", times, torch.int64)
     if not rows.is_cuda:
         cpu.gather_rows(host_kv, fetch, rows, counters)
         return
@@ -57,6 +63,7 @@ def gather_rows(
         counts=ptr(fetch.counts),
         rows=ptr(rows),
         counters=ptr(counters),
+        times=ptr(times),
         num_segments=fetch.counts.numel(),
         num_kv_heads=fetch.counts.shape[1],
         fetch_capacity=fetch.src.shape[2],
@@ -66,7 +73,7 @@ def gather_rows(
         stream=run_on.cuda_stream,
     )
     if stream is not None:
-        for tensor in (fetch.src, fetch.dst, fetch.counts, rows, counters):
+        for tensor in (fetch.src, fetch.dst, fetch.counts, rows, counters, times):
             if tensor is not None:
                 tensor.record_stream(stream)
 

@@ -61,8 +61,8 @@ class LLM:
         generation_config: "auto" takes the checkpoint's sampling defaults where a call gives no
             sampling_params; "vllm" takes SamplingParams' own.
         prefill_chunk_size: tokens of a prompt that go through a layer at once.
-        kv_offloading_size: host bytes for KV in GiB; another way to say KVConfig.host_bytes.
-        hot_bytes: device bytes for hot rows; another way to say KVConfig.hot_bytes.
+        kv_offloading_size, hot_bytes: KVConfig.host_bytes in GiB, and KVConfig.hot_bytes.
+        enforce_eager: launch decode steps kernel by kernel instead of as CUDA graphs.
     Raises:
         ValueError, NotImplementedError: for arguments or checkpoints that cannot be served.
         HostMemoryError: if the host cannot hold the KV cache.
@@ -86,6 +86,7 @@ class LLM:
         prefill_chunk_size: int = 8192,
         kv_offloading_size: float | None = None,
         hot_bytes: int | None = None,
+        enforce_eager: bool = False,
     ) -> None:
         check_at_least_one(
             max_model_len=max_model_len,
@@ -114,7 +115,12 @@ class LLM:
             device=self.device,
             dtype=self.dtype,
         )
-        self._runner = Runner(self.model, self.cache, prefill_chunk_size=prefill_chunk_size)
+        self._runner = Runner(
+            self.model,
+            self.cache,
+            prefill_chunk_size=prefill_chunk_size,
+            enforce_eager=enforce_eager,
+        )
         self._admission = Admission(self.model_config, self.cache, self.tokenizer, seed)
         self._run: Generator[None, None, None] | None = None
         self._closed = False
@@ -220,8 +226,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Generate from one prompt, yielding its RequestOutput so far at each new token.
 
-        Outputs are cumulative; the last is finished and has the metrics. Closing the iterator stops
-        the generation and releases its pages. Raises as `generate` does, at once.
+        The last is finished and has the metrics. Closing the iterator stops the generation and
+        releases its pages. Raises as `generate` does, at once.
         """
         if not is_one_prompt(prompt):
             raise ValueError("stream takes one prompt; use generate for several")

@@ -14,6 +14,7 @@ from twilight_engine.attention.prefill import PrefillAttention
 from twilight_engine.config import SparseConfig
 from twilight_engine.kv.cache import KVCache, SequenceKV
 from twilight_engine.models.decoder import DecoderModel
+from twilight_engine.runtime.step_graph import StepGraph, StepGraphs
 
 
 class Runner:
@@ -21,10 +22,20 @@ class Runner:
 
     Args:
         prefill_chunk_size: tokens a chunk; rounded up to whole pages.
+        enforce_eager: launch every step kernel by kernel, also where a CUDA graph could serve.
     """
 
-    def __init__(self, model: DecoderModel, cache: KVCache, *, prefill_chunk_size: int) -> None:
+    def __init__(
+        self,
+        model: DecoderModel,
+        cache: KVCache,
+        *,
+        prefill_chunk_size: int,
+        enforce_eager: bool = False,
+    ) -> None:
         self.model, self.cache = model, cache
+        captures = cache.on_gpu and not enforce_eager
+        self._graphs = StepGraphs(cache.device) if captures else None
         size = cache.config.page_size
         self.chunk_size = -(-prefill_chunk_size // size) * size
         self._auditor: Auditor | None = None
@@ -75,7 +86,7 @@ class Runner:
             self._auditor = Auditor(self.cache)
         attend = DecodeAttention(self.cache, list(sequences), list(sparse), self._auditor)
         lengths = torch.tensor(prompt_lens, dtype=torch.int64, device=self.cache.device)
-        return DecodeBatch(self.model, attend, lengths)
+        return DecodeBatch(self.model, attend, lengths, self._graphs)
 
     def take_audits(self, sequence: SequenceKV) -> Audits | None:
         """What audits of a sequence's steps found, once; waits for them. None: there were none."""
@@ -88,10 +99,29 @@ class Runner:
 
 
 class DecodeBatch:
-    """Decode steps of a fixed set of sequences."""
+    """Decode steps of a fixed set of sequences.
 
-    def __init__(self, model: DecoderModel, attend: DecodeAttention, prompt_lens: Tensor) -> None:
+    On a GPU the first step of a batch is launched kernel by kernel, later ones are one CUDA graph,
+    captured anew when the step's max_len grows. A step that needs the host (the streamed dense
+    policy, an audit) is launched by itself.
+
+    Args:
+        graphs: captures steps; None: every step is launched kernel by kernel.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        attend: DecodeAttention,
+        prompt_lens: Tensor,
+        graphs: StepGraphs | None,
+    ) -> None:
         self._model, self._attend, self._prompt_lens = model, attend, prompt_lens
+        self._graphs = graphs
+        self._tokens = torch.zeros_like(prompt_lens)
+        self._graph: StepGraph | None = None
+        self._graph_len = 0
+        self._steps = 0
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor) -> Tensor:
@@ -99,11 +129,32 @@ class DecodeBatch:
 
         Args:
             token_ids: [B] int64, device.
-        Raises: OutOfPages if a sequence cannot grow.
+        Returns: logits, which the next step may overwrite.
+        Raises: OutOfPages if a sequence cannot grow; RuntimeError if a selector of the user's
+            cannot be captured.
         """
         self._attend.begin_step()
-        positions = self._attend.positions
-        logits = self._model(token_ids, positions, self._attend, self._prompt_lens)
+        self._tokens.copy_(token_ids)
+        logits = self._replay() if self._may_replay() else self._launch()
         self._attend.end_step()
+        self._steps += 1
+        return logits
+
+    def _may_replay(self) -> bool:
+        return self._graphs is not None and self._steps > 0 and not self._attend.needs_host
+
+    def _replay(self) -> Tensor:
+        assert self._graphs is not None
+        if self._graph is None or self._graph_len != self._attend.max_len:
+            self._graph = None  # its memory goes to the next one
+            self._graph = self._graphs.capture(self._launch)
+            self._graph_len = self._attend.max_len
+        return self._graph.replay()
+
+    def _launch(self) -> Tensor:
+        """Launch the step's kernels."""
+        self._attend.advance()
+        positions = self._attend.positions
+        logits = self._model(self._tokens, positions, self._attend, self._prompt_lens)
         assert isinstance(logits, Tensor)
         return logits

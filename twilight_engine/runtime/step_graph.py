@@ -1,0 +1,63 @@
+"""A decode step as a CUDA graph: captured once, then replayed with one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class StepGraphs:
+    """Captures steps into one memory pool, for one graph at a time.
+
+    The host's share of a step is then one launch in place of several hundred. A graph repeats the
+    same kernels on the same addresses: whatever changes from step to step must lie in tensors that
+    were there before the capture.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def capture(self, step: Callable[[], Tensor]) -> StepGraph:
+        """Record what `step` launches, without running it.
+
+        Args:
+            step: launches the step and returns its result; it has run before, so that nothing in it
+                is initialised for the first time. The last graph must be gone: its memory is used
+                again.
+        Raises: RuntimeError if the step waits for the device, or is otherwise not capturable.
+        """
+        current = torch.cuda.current_stream(self._stream.device)
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                # Other threads may go on calling CUDA: only this one's calls are held to the rules.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = step()
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the decode step could not be captured as a CUDA graph ({error}); a selector of "
+                "your own must not read device values on the host or copy host values to the "
+                "device; enforce_eager=True runs steps without a graph"
+            ) from error
+        current.wait_stream(self._stream)
+        return StepGraph(graph, result)
+
+
+class StepGraph:
+    """A captured step; `result` is overwritten by each replay."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, result: Tensor) -> None:
+        self._graph, self.result = graph, result
+
+    def replay(self) -> Tensor:
+        """Run the step on the current stream -> its result, valid until the next replay."""
+        self._graph.replay()
+        return self.result
