@@ -18,8 +18,9 @@ class StepGraphs:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._take_pool()
 
     def capture(self, step: Callable[[], Tensor]) -> StepGraph:
         """Record what `step` launches, without running it.
@@ -30,23 +31,33 @@ class StepGraphs:
                 again.
         Raises: RuntimeError if the step waits for the device, or is otherwise not capturable.
         """
-        current = torch.cuda.current_stream(self._stream.device)
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self._stream):
-                # Other threads may go on calling CUDA: only this one's calls are held to the rules.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    result = step()
-                finally:
-                    graph.capture_end()
+            return self._record(step)
         except RuntimeError as error:
+            self._take_pool()  # the allocator takes no more captures into a pool that saw one fail
             raise RuntimeError(
                 f"the decode step could not be captured as a CUDA graph ({error}); a selector of "
                 "your own must not read device values on the host or copy host values to the "
                 "device; enforce_eager=True runs steps without a graph"
             ) from error
+
+    def _take_pool(self) -> None:
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        # torch's allocators refuse a pool whose last graph is gone: a small one keeps it.
+        x = torch.zeros(1, device=self._device)
+        self._anchor = self._record(lambda: x.add_(1))
+
+    def _record(self, step: Callable[[], Tensor]) -> StepGraph:
+        current = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            # Other threads may go on calling CUDA: only this one's calls are held to the rules.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = step()
+            finally:
+                graph.capture_end()
         current.wait_stream(self._stream)
         return StepGraph(graph, result)
 
