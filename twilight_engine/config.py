@@ -20,9 +20,11 @@ Tail = Literal["mean", "renormalise"]
 Fetch = Literal["row", "page"]
 Policy = Literal["graded", "dense"]
 
-SELECTORS = ("all", "quest", "streaming")
+SELECTORS = ("all", "quest", "streaming", "lsh")
 EVERY_CANDIDATE = 1 << 30  # as attn_top_k: whatever a selector keeps is exact
 QUEST_BLOCK = 16  # tokens a bound covers where K codes are per token (Quest's page)
+MAX_LSH_BITS = 16  # of one signature, which is stored as 16 bits
+LSH_TABLES = (2, 512)  # a candidate agrees in two tables, so fewer than two find nothing
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -33,6 +35,20 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _share(name: str, value: float) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
         raise ValueError(f"{name} is {value!r}; it must lie in (0, 1]")
+
+
+def _lsh_shape(value: Any) -> tuple[int, int]:
+    """(bits a table, tables) of KVConfig.lsh, checked."""
+    least, most = LSH_TABLES
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        bits, tables = value
+        if all(isinstance(x, int) and not isinstance(x, bool) for x in (bits, tables)):
+            if 1 <= bits <= MAX_LSH_BITS and least <= tables <= most:
+                return bits, tables
+    raise ValueError(
+        f"lsh is {value!r}; it must be (bits a table, tables) with bits in [1, {MAX_LSH_BITS}] and "
+        f"tables in [{least}, {most}], such as (10, 150), or None"
+    )
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,9 @@ class KVConfig:
         num_recent: at least this many last tokens are exact and on the device; >= page_size.
         host_bytes: byte budget of the host arena; None: what max_model_len * max_num_seqs needs.
         hot_bytes: byte budget of the hot rows over all layers; None: a share of the context.
+        lsh: (bits a table, tables) of the signatures that the device keeps of every K row, for the
+            selector `lsh`: 2 bytes a table, token and KV head; MagicPIG's settings are (10, 150)
+            and (8, 75). None: no signatures.
     """
 
     page_size: int = 64
@@ -58,6 +77,7 @@ class KVConfig:
     num_recent: int = 128
     host_bytes: int | None = None
     hot_bytes: int | None = None
+    lsh: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.page_size, int) or self.page_size < 1:
@@ -82,6 +102,8 @@ class KVConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; it must be >= 0, or None for the default")
+        if self.lsh is not None:
+            object.__setattr__(self, "lsh", _lsh_shape(self.lsh))
 
     @property
     def window_rows(self) -> int:

@@ -22,6 +22,8 @@ GRADE_INDEX = 1
 GRADE_EXACT = 2
 GRADE_DROPPED = 3  # outside the selector's candidates and not to be compensated
 
+LSH_MIN_TABLES = 2  # where a candidate's signatures agree with the query's: MagicPIG's rule
+
 MOST_MASS = 0.9999  # a margin raises the mass that exact rows must reach to this at most
 
 SLOTS_PER_CHUNK = 32  # hot-row slots move between heads in chunks of this many
@@ -49,6 +51,7 @@ class IndexPages:
     v_codes: Tensor | None  # [P, Hkv, S, D // 2] uint8, or None without an INT4 V
     v_scale: Tensor | None  # [P, Hkv, S, 2] float16 (scale, min) per token, or None
     v_mean: Tensor  # [P, Hkv, D] float16
+    lsh_codes: Tensor | None = None  # [P, Hkv, S, L] int16: uint16 signatures of each K row
 
     @property
     def page_size(self) -> int:
@@ -62,6 +65,23 @@ class IndexPages:
     def candidate_block(self) -> int:
         """Tokens that one bound of K, so one selector decision, covers."""
         return self.page_size if self.k_index == "int4_channel" else QUEST_BLOCK
+
+
+@dataclass(frozen=True)
+class LshHashes:
+    """The hash functions behind IndexPages.lsh_codes: SimHash of K less its sequence's centre.
+
+    Bit j of table l is 1 where (k - centre) . projections[:, l * bits + j] >= 0. Queries are hashed
+    as they are: a shift of all keys does not change a softmax.
+    """
+
+    bits: int  # a table, at most 16
+    projections: Tensor  # [D, L * bits] float32, the same for all layers and heads
+    centres: Tensor  # [num_seq_slots, Hkv, D] float32, of one layer
+
+    @property
+    def num_tables(self) -> int:
+        return self.projections.shape[1] // self.bits
 
 
 def blocks_per_page(block: int, page_size: int) -> int:

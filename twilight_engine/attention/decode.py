@@ -17,6 +17,7 @@ from twilight_engine.layout import StepMeta
 from twilight_engine.ops.append_rows import append_rows
 from twilight_engine.ops.attend_pages import attend_pages
 from twilight_engine.ops.index_pages import index_window_pages
+from twilight_engine.ops.lsh_codes import write_lsh_codes
 from twilight_engine.telemetry import Visit
 
 
@@ -138,6 +139,8 @@ class DecodeAttention:
             return out.to(q.dtype)
         assert tiers.windows is not None and tiers.index is not None
         index_window_pages(tiers.windows, meta, tiers.index)
+        if tiers.lsh is not None:
+            write_lsh_codes(k, meta, tiers.lsh, tiers.index)
         if layer in self._streamed.layers:
             return self._streamed(layer, q, meta)
         out = self._graded[layer](q, meta)

@@ -16,7 +16,7 @@ from twilight_engine.kv.plan import MemoryPlan, ModelShape
 
 GIB = 1 << 30
 # What a method keeps on the device of a context; the plan's other tiers are scratch.
-KEPT_TIERS = ("index", "windows", "hot rows", "slot maps", "dense layers")
+KEPT_TIERS = ("index", "hash functions", "windows", "hot rows", "slot maps", "dense layers")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,12 @@ from twilight_engine.layout import IndexPages
 
 
 def index_page_bytes(
-    num_kv_heads: int, page_size: int, head_dim: int, k_index: KIndex, v_index: VIndex
+    num_kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    k_index: KIndex,
+    v_index: VIndex,
+    lsh_tables: int = 0,
 ) -> int:
     """Device bytes that one page takes in one layer's index."""
     codes = page_size * head_dim // 2
@@ -20,7 +25,8 @@ def index_page_bytes(
     if k_index == "int4_token":
         keys = codes + per_token + -(-page_size // QUEST_BLOCK) * per_channel
     values = codes + per_token if v_index == "int4" else 0
-    return num_kv_heads * (keys + values + head_dim * 2)
+    signatures = page_size * lsh_tables * 2
+    return num_kv_heads * (keys + values + head_dim * 2 + signatures)
 
 
 def allocate_index(
@@ -31,6 +37,8 @@ def allocate_index(
     k_index: KIndex,
     v_index: VIndex,
     device: torch.device,
+    *,
+    lsh_tables: int = 0,
 ) -> IndexPages:
     """The tensors of one layer's index, zeroed; layout.IndexPages says what they hold.
 
@@ -38,6 +46,7 @@ def allocate_index(
         num_pages: page ids 0 .. num_pages - 1 are valid.
         num_kv_heads, page_size, head_dim: head_dim must be even.
         k_index: "int4_channel" or "int4_token"; v_index: "none" or "int4".
+        lsh_tables: signatures of a K row; 0: none.
     Raises: ValueError for an odd head_dim.
     """
     if head_dim % 2:
@@ -57,4 +66,5 @@ def allocate_index(
         v_codes=zeros(page_size, head_dim // 2, dtype=torch.uint8) if with_v else None,
         v_scale=zeros(page_size, 2) if with_v else None,
         v_mean=zeros(head_dim),
+        lsh_codes=zeros(page_size, lsh_tables, dtype=torch.int16) if lsh_tables else None,
     )

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from twilight_engine.config import KVConfig
 from twilight_engine.kv.index import index_page_bytes
+from twilight_engine.kv.lsh import hash_bytes, num_tables
 from twilight_engine.layout import SLOTS_PER_CHUNK
 
 # Default hot rows as a share of the sparse layers' KV: 2-4 times the mean exact set of graded
@@ -108,7 +109,10 @@ def plan_memory(
     device = {
         "index": sparse
         * num_pages
-        * index_page_bytes(heads, size, dim, kv_config.k_index, kv_config.v_index),
+        * index_page_bytes(
+            heads, size, dim, kv_config.k_index, kv_config.v_index, num_tables(kv_config.lsh)
+        ),
+        "hash functions": hash_bytes(kv_config.lsh, dim, sparse, max_num_seqs * heads),
         "windows": sparse
         * max_num_seqs
         * heads

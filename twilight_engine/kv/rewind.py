@@ -19,7 +19,7 @@ def rewind(cache: KVCache, sequences: Sequence[SequenceKV], lengths: Sequence[in
     The ring of recent rows gets back what later tokens overwrote, read from the host; hot rows are
     dropped, so the next step starts cold. Pages stay with the sequence, and the rows and index
     pages behind the cut are written again when tokens come: an open page is never read from the
-    index, and a page that fills again is indexed again.
+    index, and a page that fills again is indexed again, as is the signature of each new row.
 
     Args:
         sequences: open sequences of this cache, outside a step.

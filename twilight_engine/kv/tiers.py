@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,12 +11,14 @@ from torch import Tensor
 from twilight_engine.config import KVConfig
 from twilight_engine.kv.hot_rows import allocate_hot_rows
 from twilight_engine.kv.index import allocate_index
+from twilight_engine.kv.lsh import make_projections, num_tables
 from twilight_engine.kv.plan import MemoryPlan, ModelShape
 from twilight_engine.layout import (
     NO_ROW,
     FetchLists,
     HotRows,
     IndexPages,
+    LshHashes,
     Pruned,
     RowLists,
     Windows,
@@ -31,6 +34,7 @@ class LayerKV:
     windows: Windows | None
     index: IndexPages | None
     hot: HotRows | None
+    lsh: LshHashes | None = None  # where the index keeps signatures
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class TierShape:
             config.k_index,
             config.v_index,
             self.device,
+            lsh_tables=num_tables(config.lsh),
         )
         hot = None
         if self.plan.hot_slots:
@@ -106,7 +111,22 @@ class TierShape:
                 device=self.device,
             )
         windows = Windows(rows, heads, config.num_sink, config.window_rows)
-        return LayerKV(host, None, windows, index, hot)
+        return LayerKV(host, None, windows, index, hot, self._hashes())
+
+    @cached_property
+    def _projections(self) -> Tensor | None:
+        """The hash functions that all layers share; None without signatures."""
+        if self.config.lsh is None:
+            return None
+        return make_projections(self.config.lsh, self.model.head_dim, self.device)
+
+    def _hashes(self) -> LshHashes | None:
+        """One layer's hash functions and centres."""
+        if self.config.lsh is None or self._projections is None:
+            return None
+        shape = (self.max_num_seqs, self.model.num_kv_heads, self.model.head_dim)
+        centres = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        return LshHashes(self.config.lsh[0], self._projections, centres)
 
     def step_buffers(self) -> StepBuffers:
         """Buffers for max_num_seqs query rows of capacity tokens."""
