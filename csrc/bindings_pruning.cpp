@@ -1,7 +1,8 @@
-// estimate_scores and prune.
+// estimate_scores, lsh_candidates and prune.
 #ifdef TWILIGHT_CUDA
 #include "csrc/bindings.h"
 #include "csrc/estimate_scores.h"
+#include "csrc/lsh_candidates.h"
 #include "csrc/prune.h"
 
 namespace twilight::bindings {
@@ -63,6 +64,36 @@ void bind_pruning(py::module_& m) {
       py::arg("table_stride"), py::arg("num_blocks"), py::arg("row_dtype"), py::arg("per_token"),
       py::arg("drop"), py::arg("softmax_scale"), py::arg("codes_page_stride"),
       py::arg("scale_page_stride"), py::arg("bounds_page_stride"), py::arg("stream"));
+  m.def(
+      "lsh_candidates",
+      [](uint64_t q_codes, uint64_t k_codes, uint64_t page_table, int64_t page_table_stride,
+         uint64_t query_seq, uint64_t positions, uint64_t ctx_starts, uint64_t window_starts,
+         uint64_t candidates, int num_queries, int num_q_heads, int num_kv_heads, int num_tables,
+         int num_tokens, int page_size, int num_sink, uint64_t stream) {
+        const twilight::LshCandidatesParams p{as<uint16_t>(q_codes),
+                                              as<uint16_t>(k_codes),
+                                              as<int>(page_table),
+                                              page_table_stride,
+                                              as<int>(query_seq),
+                                              as<int>(positions),
+                                              as<int>(ctx_starts),
+                                              as<int>(window_starts),
+                                              as<uint8_t>(candidates),
+                                              num_queries,
+                                              num_q_heads,
+                                              num_kv_heads,
+                                              num_tables,
+                                              num_tokens,
+                                              page_size,
+                                              num_sink};
+        check(twilight::launch_lsh_candidates(p, as_stream(stream)), "lsh_candidates");
+      },
+      py::kw_only(), py::arg("q_codes"), py::arg("k_codes"), py::arg("page_table"),
+      py::arg("page_table_stride"), py::arg("query_seq"), py::arg("positions"),
+      py::arg("ctx_starts"), py::arg("window_starts"), py::arg("candidates"),
+      py::arg("num_queries"), py::arg("num_q_heads"), py::arg("num_kv_heads"),
+      py::arg("num_tables"), py::arg("num_tokens"), py::arg("page_size"), py::arg("num_sink"),
+      py::arg("stream"));
   m.def(
       "prune",
       [](uint64_t scores, uint64_t lse, uint64_t top_p, uint64_t index_top_p, uint64_t top_k,

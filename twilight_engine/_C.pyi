@@ -168,6 +168,26 @@ def quest_scores(
     dtype: int,
     stream: int,
 ) -> None: ...
+def lsh_candidates(
+    *,
+    q_codes: int,
+    k_codes: int,
+    page_table: int,
+    page_table_stride: int,
+    query_seq: int,
+    positions: int,
+    ctx_starts: int,
+    window_starts: int,
+    candidates: int,
+    num_queries: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    num_tables: int,
+    num_tokens: int,
+    page_size: int,
+    num_sink: int,
+    stream: int,
+) -> None: ...
 def select_blocks(
     *,
     scores: int,

@@ -90,6 +90,14 @@ def test_an_index_grade_needs_the_index() -> None:
         assert made.generate("fine", GREEDY, sparse_config=lean, **QUIET)[0].finished
 
 
+def test_the_selector_lsh_needs_signatures(llm: LLM) -> None:
+    lsh = SparseConfig(selector="lsh")
+    with pytest.raises(ValueError, match=r"selector is 'lsh', but .* KVConfig\(lsh=\(10, 150\)\)"):
+        llm.generate("fine", GREEDY, sparse_config=lsh, **QUIET)
+    with pytest.raises(ValueError, match=r"selector is 'lsh'"):
+        llm.generate("fine", GREEDY, sparse_config=SparseConfig(by_layer={1: lsh}), **QUIET)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twilight_engine.attention.selectors import LayerView, make_selector
+from twilight_engine.attention.selectors import LayerView, LshSelector, make_selector
 from twilight_engine.config import SparseConfig
 from twilight_engine.kv.cache import KVCache
 from twilight_engine.kv.tiers import StepBuffers
@@ -54,6 +54,12 @@ class GradedAttention:
                     "with KVConfig(v_index='int4'), or use index_top_p=None (preset 'lean')"
                 )
         self.selector = make_selector(config)
+        if isinstance(self.selector, LshSelector) and not config.keeps_every_row:
+            if self.index.lsh_codes is None:
+                raise ValueError(
+                    "selector is 'lsh', but the cache keeps no signatures of K; build it with "
+                    "KVConfig(lsh=(10, 150))"
+                )
         device = cache.device
 
         def floats(values: list[float]) -> Tensor:
@@ -109,6 +115,7 @@ class GradedAttention:
             scale,
             self.config.selector_budget,
             block,
+            self.tiers.lsh,
         )
         candidates = self.selector.select(q, view)
         scores, lse = estimate_scores(

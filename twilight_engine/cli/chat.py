@@ -60,7 +60,7 @@ def chat(
         selector=selector,
         fetch=fetch,
     )
-    kv = kv_config(preset, page_size=page_size, dense_layers=dense_layers)
+    kv = kv_config(preset, page_size=page_size, dense_layers=dense_layers, selector=selector)
     opening = "" if document is None else read_document(document)
     from twilight_engine.runtime.llm import LLM
     from twilight_engine.runtime.sampling_params import SamplingParams

@@ -7,12 +7,25 @@ from typing import Any, Literal
 
 from twilight_engine.config import KVConfig, SparseConfig
 
+LSH = (10, 150)  # MagicPIG's first setting
 
-def kv_config(preset: str, *, page_size: int, dense_layers: str) -> KVConfig:
-    """The cache config of these options; the recent window grows with the page."""
+
+def kv_config(
+    preset: str, *, page_size: int, dense_layers: str, selector: str | None = None
+) -> KVConfig:
+    """The cache config of these options; the recent window grows with the page.
+
+    The selector `lsh` gets the signatures it needs.
+    """
     recent = max(KVConfig.num_recent, page_size)
     layers = parse_layers(dense_layers)
-    return KVConfig.preset(preset, page_size=page_size, num_recent=recent, dense_layers=layers)
+    return KVConfig.preset(
+        preset,
+        page_size=page_size,
+        num_recent=recent,
+        dense_layers=layers,
+        lsh=LSH if selector == "lsh" else None,
+    )
 
 
 def sparse_config(

@@ -80,7 +80,7 @@ def generate(
         fetch=fetch,
         audit_every=audit_every,
     )
-    kv = kv_config(preset, page_size=page_size, dense_layers=dense_layers)
+    kv = kv_config(preset, page_size=page_size, dense_layers=dense_layers, selector=selector)
     from twilight_engine.runtime.llm import LLM
     from twilight_engine.runtime.sampling_params import SamplingParams
 

@@ -70,7 +70,8 @@ Selector = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=ATTENTION,
-        help="Which tokens are scored: [b]all[/b] or [b]quest[/b].",
+        help="Which tokens are scored: [b]all[/b], [b]quest[/b], [b]streaming[/b] or [b]lsh[/b] "
+        "(300 bytes more a token and KV head).",
         show_default="the preset's",
     ),
 ]

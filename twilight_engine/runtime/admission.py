@@ -109,6 +109,11 @@ class Admission:
                     f"index_top_p is {config.index_top_p}, but the cache keeps no INT4 V; build "
                     "the LLM with KVConfig(v_index='int4'), or use index_top_p=None (preset 'lean')"
                 )
+            if graded and config.selector == "lsh" and self._cache.config.lsh is None:
+                raise ValueError(
+                    "selector is 'lsh', but the cache keeps no signatures of K; build the LLM with "
+                    "KVConfig(lsh=(10, 150))"
+                )
 
     def _build(
         self, text: str | None, ids: list[int], params: SamplingParams, sparse: SparseConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from twilight_engine.attention.selectors.all import AllSelector
 from twilight_engine.attention.selectors.base import LayerView, Selector
+from twilight_engine.attention.selectors.lsh import LshSelector
 from twilight_engine.attention.selectors.quest import QuestSelector
 from twilight_engine.attention.selectors.streaming import StreamingSelector
 from twilight_engine.config import SparseConfig
@@ -11,6 +12,7 @@ from twilight_engine.config import SparseConfig
 __all__ = [
     "AllSelector",
     "LayerView",
+    "LshSelector",
     "QuestSelector",
     "Selector",
     "StreamingSelector",
@@ -26,5 +28,7 @@ def make_selector(config: SparseConfig) -> Selector:
         return QuestSelector()
     if config.selector == "streaming":
         return StreamingSelector()
+    if config.selector == "lsh":
+        return LshSelector()
     selector: Selector = config.selector
     return selector

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from twilight_engine.layout import IndexPages, StepMeta, Windows
+from twilight_engine.layout import IndexPages, LshHashes, StepMeta, Windows
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class LayerView:
         softmax_scale: multiplies q . k.
         budget: SparseConfig.selector_budget: a share of the listed tokens, or a count.
         block: tokens a candidate entry covers (IndexPages.candidate_block).
+        lsh: the hash functions of index.lsh_codes; None in a cache without signatures.
     """
 
     layer: int
@@ -31,6 +32,7 @@ class LayerView:
     softmax_scale: float
     budget: float | int
     block: int
+    lsh: LshHashes | None = None
 
 
 class Selector(Protocol):
