@@ -17,8 +17,9 @@ void bind_pruning(py::module_& m) {
          uint64_t query_seq, uint64_t positions, uint64_t ctx_starts, uint64_t scores, uint64_t lse,
          uint64_t partials, int num_rows, int num_kv_heads, int group, int head_dim, int page_size,
          int num_sink, int window_rows, int max_len, int capacity, int table_stride, int num_blocks,
-         int row_dtype, bool per_token, bool drop, float softmax_scale, int64_t codes_page_stride,
-         int64_t scale_page_stride, int64_t bounds_page_stride, uint64_t stream) {
+         bool by_token, int row_dtype, bool per_token, bool drop, float softmax_scale,
+         int64_t codes_page_stride, int64_t scale_page_stride, int64_t bounds_page_stride,
+         uint64_t stream) {
         twilight::EstimateScoresParams p{};
         p.q = as<void>(q);
         p.k_codes = as<uint8_t>(k_codes);
@@ -46,6 +47,7 @@ void bind_pruning(py::module_& m) {
         p.capacity = capacity;
         p.table_stride = table_stride;
         p.num_blocks = num_blocks;
+        p.by_token = by_token;
         p.row_dtype = row_dtype;
         p.per_token = per_token;
         p.drop = drop;
@@ -61,8 +63,8 @@ void bind_pruning(py::module_& m) {
       py::arg("scores"), py::arg("lse"), py::arg("partials"), py::arg("num_rows"),
       py::arg("num_kv_heads"), py::arg("group"), py::arg("head_dim"), py::arg("page_size"),
       py::arg("num_sink"), py::arg("window_rows"), py::arg("max_len"), py::arg("capacity"),
-      py::arg("table_stride"), py::arg("num_blocks"), py::arg("row_dtype"), py::arg("per_token"),
-      py::arg("drop"), py::arg("softmax_scale"), py::arg("codes_page_stride"),
+      py::arg("table_stride"), py::arg("num_blocks"), py::arg("by_token"), py::arg("row_dtype"),
+      py::arg("per_token"), py::arg("drop"), py::arg("softmax_scale"), py::arg("codes_page_stride"),
       py::arg("scale_page_stride"), py::arg("bounds_page_stride"), py::arg("stream"));
   m.def(
       "lsh_candidates",

@@ -127,7 +127,7 @@ struct PageWarp {
   // Whether a page (or a run of one) is to be scored; if not, fills it.
   __device__ bool kept(int64_t page, int page_index, int run, int begin, int end,
                        Softmax (&state)[2]) const {
-    if (p.candidates == nullptr) return true;
+    if (p.candidates == nullptr || p.by_token) return true;
     const int runs = kPerToken ? ceil_div(p.page_size, kTile) : 1;
     const int64_t row = int64_t(work.n) * p.num_kv_heads + work.kv_head;
     if (p.candidates[row * p.num_blocks + int64_t(page_index) * runs + run]) return true;
@@ -209,6 +209,12 @@ struct PageWarp {
     }
     const int t0 = origin + offset + lane / 4, t1 = t0 + 8;
     const bool in0 = t0 >= begin && t0 < end, in1 = t1 >= begin && t1 < end;
+    if (p.by_token && p.drop) {
+      const int64_t row = int64_t(work.n) * p.num_kv_heads + work.kv_head;
+      const uint8_t* kept = p.candidates + row * p.num_blocks;
+      if (in0 && !kept[t0]) c[0] = c[1] = -INFINITY;
+      if (in1 && !kept[t1]) c[2] = c[3] = -INFINITY;
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (column + i >= work.heads) continue;

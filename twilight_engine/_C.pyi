@@ -244,6 +244,7 @@ def estimate_scores(
     capacity: int,
     table_stride: int,
     num_blocks: int,
+    by_token: bool,
     row_dtype: int,
     per_token: bool,
     drop: bool,

@@ -20,7 +20,7 @@ Tail = Literal["mean", "renormalise"]
 Fetch = Literal["row", "page"]
 Policy = Literal["graded", "dense"]
 
-SELECTORS = ("all", "quest", "streaming", "lsh")
+SELECTORS = ("all", "quest", "double_sparsity", "double_sparsity_online", "lsh", "streaming")
 EVERY_CANDIDATE = 1 << 30  # as attn_top_k: whatever a selector keeps is exact
 QUEST_BLOCK = 16  # tokens a bound covers where K codes are per token (Quest's page)
 MAX_LSH_BITS = 16  # of one signature, which is stored as 16 bits

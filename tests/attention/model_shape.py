@@ -100,8 +100,11 @@ class Run:
     def decoder(self, configs: Sequence[SparseConfig]) -> DecodeAttention:
         return DecodeAttention(self.cache, self.sequences, configs)
 
-    def step(self, decode: DecodeAttention) -> tuple[Tensor, Tensor]:
-        """One step of every layer: attention outputs and dense ones, [layers, B, Hq, D] float32."""
+    def step(self, decode: DecodeAttention, *, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step of every layer: attention outputs and dense ones, [layers, B, Hq, D] float32.
+
+        kept: [tokens] bool: the dense ones are over these tokens alone.
+        """
         m = self.shape
         decode.begin_step()
         decode.advance()
@@ -118,6 +121,8 @@ class Run:
                 keys = torch.cat([rows[layer][0], k[b : b + 1]])
                 values = torch.cat([rows[layer][1], v[b : b + 1]])
                 rows[layer] = (keys, values)
+                if kept is not None:
+                    keys, values = keys[kept], values[kept]
                 dense.append(self.dense(q[b], keys, values, m.sliding_windows[layer]))
             expected.append(torch.stack(dense))
         decode.end_step()

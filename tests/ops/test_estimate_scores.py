@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.compare import compare
 from tests.ops.graded_case import GradedCase, make_case
 from tests.ops.step_meta import make_meta
-from twilight_engine.layout import StepMeta
+from twilight_engine.layout import StepMeta, num_blocks
 from twilight_engine.ops.estimate_scores import estimate_scores
 from twilight_engine.reference.estimate_scores import estimate_scores as reference
 
@@ -22,7 +22,11 @@ def visible(meta: StepMeta, capacity: int) -> Tensor:
 
 
 def check(
-    case: GradedCase, *, candidates: Tensor | None = None, left_out: str = "midpoint"
+    case: GradedCase,
+    *,
+    candidates: Tensor | None = None,
+    block: int | None = None,
+    left_out: str = "midpoint",
 ) -> None:
     """Equal to the reference where a row sees, untouched where it does not."""
     n, hq, _ = case.q.shape
@@ -32,6 +36,7 @@ def check(
     arguments = {
         "softmax_scale": case.softmax_scale,
         "candidates": candidates,
+        "block": block,
         "left_out": left_out,
     }
     scores, lse = estimate_scores(
@@ -74,6 +79,20 @@ def test_candidates(
     meta = make_meta(device, [700, 129], page_size=page_size)
     case = make_case(meta, group=6, k_index=k_index)
     check(case, candidates=case.candidates(share), left_out=left_out)
+
+
+@pytest.mark.parametrize("left_out", ["midpoint", "drop"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("page_size", [16, 61, 64])
+@pytest.mark.parametrize("k_index", ["int4_channel", "int4_token"])
+def test_candidates_by_token(
+    device: torch.device, k_index: str, page_size: int, share: float, left_out: str
+) -> None:
+    meta = make_meta(device, [700, 129], page_size=page_size)
+    case = make_case(meta, group=6, k_index=k_index)
+    tokens = num_blocks(meta.max_len, 1, page_size)
+    candidates = (torch.rand(2, 2, tokens) < share).to(device, torch.uint8)
+    check(case, candidates=candidates, block=1, left_out=left_out)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 17])
@@ -133,8 +152,12 @@ def test_bad_arguments(device: torch.device) -> None:
     with pytest.raises(ValueError, match="scores holds 8 tokens; max_len is 103"):
         scores = torch.empty(1, 4, 8, device=device)
         estimate_scores(*arguments, softmax_scale=1.0, scores=scores)
-    with pytest.raises(ValueError, match="candidates holds 1 blocks; it needs 7"):
-        off = torch.zeros(1, 2, 1, dtype=torch.uint8, device=device)
+    off = torch.zeros(1, 2, 8, dtype=torch.uint8, device=device)
+    with pytest.raises(ValueError, match="holds 8 blocks; 103 tokens in blocks of 16 need 7"):
         estimate_scores(*arguments, softmax_scale=1.0, candidates=off)
+    with pytest.raises(ValueError, match="holds 8 blocks; 103 tokens in blocks of 1 need 112"):
+        estimate_scores(*arguments, softmax_scale=1.0, candidates=off, block=1)
+    with pytest.raises(ValueError, match="block is 2; allowed: 1, 16"):
+        estimate_scores(*arguments, softmax_scale=1.0, candidates=off, block=2)
     with pytest.raises(NotImplementedError, match=r"q has dtype torch\.float64; supported"):
         estimate_scores(case.q.double(), *arguments[1:], softmax_scale=1.0)

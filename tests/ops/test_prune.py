@@ -292,7 +292,7 @@ def test_bad_arguments(device: torch.device) -> None:
         prune(scores, lse, meta, top_p=p, num_kv_heads=3)
     with pytest.raises(ValueError, match="scores holds 50 tokens; max_len is 103"):
         prune(scores[..., :50].contiguous(), lse, meta, top_p=p, num_kv_heads=2)
-    with pytest.raises(ValueError, match="candidates holds 3 blocks; it needs 7"):
+    with pytest.raises(ValueError, match="holds 3 blocks; 103 tokens in blocks of 16 need 7"):
         few = torch.ones(1, 2, 3, dtype=torch.uint8, device=device)
         prune(scores, lse, meta, top_p=p, num_kv_heads=2, candidates=few)
     with pytest.raises(ValueError, match=r"top_p has dtype torch\.float64"):

@@ -106,7 +106,8 @@ class GradedAttention:
     def _prune(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> tuple[Pruned, Tensor]:
         """Select, estimate and grade every visible token."""
         scale = self.cache.model.softmax_scale
-        block = self.index.candidate_block
+        per_token = getattr(self.selector, "per_token", False)
+        block = 1 if per_token else self.index.candidate_block
         view = LayerView(
             self.layer,
             self.index,
@@ -125,6 +126,7 @@ class GradedAttention:
             meta,
             softmax_scale=scale,
             candidates=candidates,
+            block=block,
             left_out="midpoint" if self.config.tail == "mean" else "drop",
             scores=buffers.scores,
         )

@@ -74,6 +74,7 @@ def run_task(
     make_items: Callable[[Tokenizer, Texts, int], Sequence[Item] | Sequence[Passage]],
 ) -> None:
     """Make the items, run every method on them and show the table."""
+    from twilight_engine.eval.channels import with_channels
     from twilight_engine.eval.methods import parse_methods
     from twilight_engine.eval.records import RunFolder
     from twilight_engine.eval.run import Workload
@@ -88,6 +89,7 @@ def run_task(
     workloads = [
         Workload(length, make_items(loaded.tokenizer, texts, length)) for length in options.lengths
     ]
+    methods = with_channels(methods, loaded.model, workloads[0].items[0].context_ids)
     folder = RunFolder(options.out, settings_of(options, loaded, workloads))
     fill(options, loaded, methods, workloads, folder)
     show(options, [method.name for method in methods], folder)

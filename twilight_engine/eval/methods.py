@@ -8,10 +8,12 @@ A method is written as one word, `base[+preset][@p][:tokens]`:
     top_k:1024              the 1,024 rows a KV head with the largest INT4 estimate, nothing else
     quest:1024              a selector on its own: its best 1,024 tokens a query head, nothing else
     quest+paper@0.85        a selector (a quarter of the context) under a preset's pruning
+    lsh, lsh+balanced       LSH tables of K 10, L 150; lsh:8x75 has others. They have no budget.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
@@ -23,8 +25,11 @@ DEFAULT_METHOD = "balanced"  # the default preset; records name it `default`
 TABLE_METHODS = (
     *("dense", "dense-int4", "balanced", "lean", "paper"),
     *("quest:256", "quest:1024", "quest:4096", "quest+paper@0.85"),
-    "streaming:1024",
+    *("double_sparsity:256", "double_sparsity:1024", "double_sparsity:4096"),
+    *("double_sparsity+paper@0.85", "double_sparsity+paper@0.95"),
+    *("lsh", "lsh+paper@0.95", "streaming:1024"),
 )
+LSH = (10, 150)  # MagicPIG's first setting
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ def parse_method(word: str) -> Method:
     Raises: ValueError with what is allowed, for any other word.
     """
     match = re.fullmatch(
-        r"(?P<base>[a-z_0-9]+(?:-int4)?)(?:\+(?P<preset>[a-z]+))?(?:@(?P<p>[\d.]+))?(?::(?P<k>\d+))?",
+        r"(?P<base>[a-z_0-9]+(?:-int4)?)(?:\+(?P<preset>[a-z]+))?(?:@(?P<p>[\d.]+))?"
+        r"(?::(?:(?P<lsh>\d+x\d+)|(?P<k>\d+)))?",
         word,
     )
     if match is None:
@@ -54,6 +60,11 @@ def parse_method(word: str) -> Method:
     base, preset = match["base"], match["preset"]
     p = float(match["p"]) if match["p"] else None
     tokens = int(match["k"]) if match["k"] else None
+    if base == "lsh" and tokens is None and (preset or p is None):
+        bits, tables = map(int, match["lsh"].split("x")) if match["lsh"] else LSH
+        return _lsh(word, preset, p, (bits, tables))
+    if base == "lsh" or match["lsh"]:
+        raise _unknown(word)
     if base in ("dense", "dense-int4") and (preset, p, tokens) == (None, None, None):
         return _dense(word)
     if base in PRESETS and preset is None and tokens is None:
@@ -101,15 +112,21 @@ def _plain_selector(word: str, selector: str, tokens: int) -> Method:
     """Everything the selector keeps is exact, everything else is dropped."""
     # Quest's bounds are over 16 tokens, which the index per token keeps.
     kv = KVConfig.preset("paper" if selector == "quest" else "lean")
-    sparse = SparseConfig(
-        attn_top_k=EVERY_CANDIDATE,
-        index_top_p=None,
-        group_rule="union",
-        tail="renormalise",
-        selector=selector,
-        selector_budget=tokens,
-    )
-    return Method(word, kv, sparse)
+    return Method(word, kv, PLAIN.replace(selector=selector, selector_budget=tokens))
+
+
+def _lsh(word: str, preset: str | None, p: float | None, tables: tuple[int, int]) -> Method:
+    """The tables' candidates, all exact and nothing else, or under a preset's pruning."""
+    if preset is None:
+        return Method(word, KVConfig.preset("lean", lsh=tables), PLAIN.replace(selector="lsh"))
+    method = _preset(word, preset, p, selector="lsh")
+    return dataclasses.replace(method, kv=dataclasses.replace(method.kv, lsh=tables))
+
+
+# Whatever the selector keeps is exact, and nothing else counts.
+PLAIN = SparseConfig(
+    attn_top_k=EVERY_CANDIDATE, index_top_p=None, group_rule="union", tail="renormalise"
+)
 
 
 def _unknown(word: str) -> ValueError:

@@ -18,6 +18,7 @@ def _check(
     windows: Windows,
     meta: StepMeta,
     candidates: Tensor | None,
+    block: int,
     left_out: str,
 ) -> None:
     num_rows, num_q_heads, head_dim = q.shape
@@ -33,13 +34,20 @@ def _check(
         "index.k_codes", index.k_codes, (None, num_kv_heads, meta.page_size, head_dim // 2)
     )
     launch.check_shape("meta.positions", meta.positions, (num_rows,))
-    if index.k_index == "int4_token" and candidates is not None and index.k_bounds is None:
+    if block not in (1, index.candidate_block):
+        raise ValueError(f"block is {block}; allowed: 1, {index.candidate_block} (the index's)")
+    by_token = block == 1
+    bounds = index.k_bounds is not None or index.k_index == "int4_channel" or by_token
+    if candidates is not None and not bounds:
         raise ValueError("index.k_bounds is None; candidates over an int4_token index need it")
     if candidates is not None:
-        blocks = num_blocks(meta.max_len, index.candidate_block, meta.page_size)
+        blocks = num_blocks(meta.max_len, block, meta.page_size)
         launch.check_shape("candidates", candidates, (num_rows, num_kv_heads, None))
-        if candidates.shape[2] < blocks:
-            raise ValueError(f"candidates holds {candidates.shape[2]} blocks; it needs {blocks}")
+        if candidates.shape[2] != blocks:
+            raise ValueError(
+                f"candidates holds {candidates.shape[2]} blocks; {meta.max_len} tokens in blocks "
+                f"of {block} need {blocks}"
+            )
         launch.check_dtype("candidates", candidates, torch.uint8)
 
 
@@ -71,6 +79,7 @@ def _launch(
     *,
     softmax_scale: float,
     candidates: Tensor | None,
+    block: int,
     left_out: str,
     scores: Tensor,
     lse: Tensor,
@@ -110,6 +119,7 @@ def _launch(
         capacity=scores.shape[2],
         table_stride=meta.page_table.stride(0),
         num_blocks=0 if candidates is None else candidates.shape[2],
+        by_token=candidates is not None and block == 1,
         row_dtype=launch.row_dtype("q", q),
         per_token=index.k_index == "int4_token",
         drop=left_out == "drop",
@@ -129,6 +139,7 @@ def estimate_scores(
     *,
     softmax_scale: float,
     candidates: Tensor | None = None,
+    block: int | None = None,
     left_out: str = "midpoint",
     scores: Tensor | None = None,
     lse: Tensor | None = None,
@@ -138,15 +149,17 @@ def estimate_scores(
 
     scores[n, h, t] = softmax_scale * q[n, h] . k[t], where k is the full-precision row of a
     resident token, min + scale * code of a list token, and the middle of its block's bounds (or
-    the score -inf, with left_out "drop") for a list token outside the candidates.
+    the score -inf, with left_out "drop") for a list token outside the candidates. The middle of a
+    block of one token is that token's min + scale * code.
     lse[n, h] = log of the sum of exp(scores[n, h, t]) over visible t; -inf if there is none.
 
     Args:
         q: [N, Hq, D] float32, float16 or bfloat16, contiguous.
         index: the layer's index pages; list tokens lie in pages that are indexed.
         windows: the layer's resident rows, of q's dtype.
-        candidates: [N, Hkv, NB] uint8 by block of index.candidate_block tokens (layout.block_of);
-            None: every token.
+        candidates: [N, Hkv, num_blocks(max_len, block, S)] uint8 (layout.block_of); None: every
+            token.
+        block: tokens of a candidate entry: 1, or index.candidate_block (the default).
         left_out: "midpoint" or "drop".
         scores: [N, Hq, C] float32 with C >= meta.max_len; tokens a row cannot see stay as they are.
         lse: [N, Hq] float32.
@@ -156,7 +169,8 @@ def estimate_scores(
         head_dim or dtype without a kernel.
     Source: the SpGEMV of Twilight (arXiv 2502.02770), with the scales folded into q once a page.
     """
-    _check(q, index, windows, meta, candidates, left_out)
+    block = index.candidate_block if block is None else block
+    _check(q, index, windows, meta, candidates, block, left_out)
     num_rows, num_q_heads, _ = q.shape
     if scores is None:
         scores = torch.empty(num_rows, num_q_heads, meta.max_len, device=q.device)
@@ -166,13 +180,14 @@ def estimate_scores(
     if q.is_cuda:
         _launch(
             q.contiguous(), index, windows, meta, softmax_scale=softmax_scale,
-            candidates=candidates, left_out=left_out, scores=scores, lse=lse, partials=partials,
+            candidates=candidates, block=block, left_out=left_out, scores=scores, lse=lse,
+            partials=partials,
         )  # fmt: skip
         return scores, lse
     if q.dtype != torch.float32:
         raise NotImplementedError(f"q has dtype {q.dtype}; supported on a CPU: torch.float32")
     cpu.estimate_scores(
         q, index, windows, meta, softmax_scale=softmax_scale, candidates=candidates,
-        left_out=left_out, scores=scores, lse=lse,
+        block=block, left_out=left_out, scores=scores, lse=lse,
     )  # fmt: skip
     return scores, lse

@@ -60,8 +60,11 @@ def _check_candidates(candidates: Tensor, meta: StepMeta, num_kv_heads: int, blo
     blocks = num_blocks(meta.max_len, block, meta.page_size)
     launch.check_shape("candidates", candidates, (meta.num_queries, num_kv_heads, None))
     launch.check_dtype("candidates", candidates, torch.uint8)
-    if candidates.shape[2] < blocks:
-        raise ValueError(f"candidates holds {candidates.shape[2]} blocks; it needs {blocks}")
+    if candidates.shape[2] != blocks:
+        raise ValueError(
+            f"candidates holds {candidates.shape[2]} blocks; {meta.max_len} tokens in blocks of "
+            f"{block} need {blocks}"
+        )
 
 
 def _check_errors(errors: Tensor, scores: Tensor, meta: StepMeta, margin: float) -> None:

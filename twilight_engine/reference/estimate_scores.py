@@ -39,6 +39,7 @@ def estimate_scores(
     *,
     softmax_scale: float,
     candidates: Tensor | None = None,
+    block: int | None = None,
     left_out: str = "midpoint",
     scores: Tensor | None = None,
     lse: Tensor | None = None,
@@ -66,10 +67,11 @@ def estimate_scores(
             k[~resident] = dequantise_keys(index, pages, h)[range(len(pages)), offsets]
             kept = torch.ones(len(t), dtype=torch.bool, device=q.device)
             if candidates is not None:
-                blocks = block_of(t, index.candidate_block, size)
+                blocks = block_of(t, block or index.candidate_block, size)
                 kept = resident | (candidates[n, h, blocks] != 0)
-                middle = midpoint_keys(index, pages, h)[range(len(pages)), offsets]
-                k[~resident] = torch.where(kept[~resident, None], k[~resident], middle)
+                if block != 1:
+                    middle = midpoint_keys(index, pages, h)[range(len(pages)), offsets]
+                    k[~resident] = torch.where(kept[~resident, None], k[~resident], middle)
             q_heads = slice(h * group, (h + 1) * group)
             s = softmax_scale * (q[n, q_heads].float() @ k.T)  # [G, visible tokens]
             if left_out == "drop":

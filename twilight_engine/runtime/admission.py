@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence as Items
 from typing import TypeVar
 
+from twilight_engine.attention.selectors import NEEDS_CHANNELS
 from twilight_engine.config import SparseConfig
 from twilight_engine.kv.cache import KVCache
 from twilight_engine.loaders.config import ModelConfig
@@ -109,6 +110,8 @@ class Admission:
                     f"index_top_p is {config.index_top_p}, but the cache keeps no INT4 V; build "
                     "the LLM with KVConfig(v_index='int4'), or use index_top_p=None (preset 'lean')"
                 )
+            if graded and config.selector == "double_sparsity":
+                raise ValueError(NEEDS_CHANNELS)
             if graded and config.selector == "lsh" and self._cache.config.lsh is None:
                 raise ValueError(
                     "selector is 'lsh', but the cache keeps no signatures of K; build the LLM with "

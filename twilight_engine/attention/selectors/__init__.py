@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from twilight_engine.attention.selectors.all import AllSelector
 from twilight_engine.attention.selectors.base import LayerView, Selector
+from twilight_engine.attention.selectors.double_sparsity import (
+    DoubleSparsityOnlineSelector,
+    DoubleSparsitySelector,
+)
 from twilight_engine.attention.selectors.lsh import LshSelector
 from twilight_engine.attention.selectors.quest import QuestSelector
 from twilight_engine.attention.selectors.streaming import StreamingSelector
@@ -11,6 +17,8 @@ from twilight_engine.config import SparseConfig
 
 __all__ = [
     "AllSelector",
+    "DoubleSparsityOnlineSelector",
+    "DoubleSparsitySelector",
     "LayerView",
     "LshSelector",
     "QuestSelector",
@@ -20,15 +28,28 @@ __all__ = [
 ]
 
 
+BY_NAME: dict[str, Callable[[], Selector]] = {
+    "all": AllSelector,
+    "quest": QuestSelector,
+    "double_sparsity_online": DoubleSparsityOnlineSelector,
+    "lsh": LshSelector,
+    "streaming": StreamingSelector,
+}
+NEEDS_CHANNELS = (
+    "selector 'double_sparsity' needs the model's calibrated channels; pass a "
+    "DoubleSparsitySelector(channels) (docs/selectors.md), calibrate the model with "
+    "`twilight calibrate`, or use 'double_sparsity_online'"
+)
+
+
 def make_selector(config: SparseConfig) -> Selector:
-    """The selector a config names, or the object it carries."""
-    if config.selector == "all":
-        return AllSelector()
-    if config.selector == "quest":
-        return QuestSelector()
-    if config.selector == "streaming":
-        return StreamingSelector()
-    if config.selector == "lsh":
-        return LshSelector()
+    """The selector a config names, or the object it carries.
+
+    Raises: ValueError for double_sparsity by name alone: its channels are a model's own.
+    """
+    if config.selector == "double_sparsity":
+        raise ValueError(NEEDS_CHANNELS)
+    if isinstance(config.selector, str):
+        return BY_NAME[config.selector]()
     selector: Selector = config.selector
     return selector

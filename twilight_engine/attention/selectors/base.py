@@ -21,7 +21,8 @@ class LayerView:
         meta: which tokens each query row sees.
         softmax_scale: multiplies q . k.
         budget: SparseConfig.selector_budget: a share of the listed tokens, or a count.
-        block: tokens a candidate entry covers (IndexPages.candidate_block).
+        block: tokens a candidate entry covers: IndexPages.candidate_block, or 1 for a selector
+            whose class attribute `per_token` is True.
         lsh: the hash functions of index.lsh_codes; None in a cache without signatures.
     """
 
@@ -36,7 +37,11 @@ class LayerView:
 
 
 class Selector(Protocol):
-    """Chooses candidate blocks; anything with this method can be SparseConfig.selector."""
+    """Chooses candidate blocks; anything with this method can be SparseConfig.selector.
+
+    A class attribute `per_token = True` makes each token a block of its own. A token left out then
+    still has its INT4 estimate in the tail (with `tail="mean"`): no bounds stand in for it.
+    """
 
     def select(self, q: Tensor, view: LayerView) -> Tensor | None:
         """Candidates of one layer and step.

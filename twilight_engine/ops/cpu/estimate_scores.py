@@ -147,11 +147,13 @@ def estimate_scores(
     *,
     softmax_scale: float,
     candidates: Tensor | None,
+    block: int,
     left_out: str,
     scores: Tensor,
     lse: Tensor,
 ) -> None:
     """Writes scores and lse; see ops.estimate_scores."""
+    by_token, drop = block == 1, left_out == "drop"
     scaled = (q * softmax_scale).view(q.shape[0], windows.num_kv_heads, -1, q.shape[2])
     seq = meta.query_seq.long()
     window_start = meta.window_starts[seq]
@@ -168,9 +170,9 @@ def estimate_scores(
         meta.query_seq.numpy(),
         first.numpy(),
         last.numpy(),
-        np.empty((0, 0, 0), np.uint8) if candidates is None else candidates.numpy(),
+        np.empty((0, 0, 0), np.uint8) if candidates is None or by_token else candidates.numpy(),
         index.candidate_block,
-        left_out == "drop",
+        drop,
         scores[..., : meta.max_len].numpy(),
     )
     starts, stops = meta.ctx_starts.tolist(), (meta.positions + 1).tolist()
@@ -183,4 +185,8 @@ def estimate_scores(
                 tokens = torch.arange(lo, hi)
                 _resident_scores(scaled[n], windows, slot, tokens, meta.num_sink, resident)
                 scores[n, :, lo:hi] = resident
+        if candidates is not None and by_token and drop:
+            lo, hi = int(first[n]), int(last[n])
+            left = (candidates[n, :, lo:hi] == 0).repeat_interleave(scaled.shape[2], dim=0)
+            scores[n, :, lo:hi].masked_fill_(left, -torch.inf)
         torch.logsumexp(scores[n, :, start : max(start, stop)], dim=-1, out=lse[n])
