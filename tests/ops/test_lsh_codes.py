@@ -73,7 +73,7 @@ def test_neighbours_agree_as_their_angle_says(device: torch.device) -> None:
         a = a / a.norm(dim=1, keepdim=True)
         b = b - (b * a).sum(1, keepdim=True) * a
         b = cosine * a + math.sqrt(1 - cosine**2) * b / b.norm(dim=1, keepdim=True)
-        share = (lsh_codes(a, hashes) == lsh_codes(b, hashes)).float().mean()
+        share = float((lsh_codes(a, hashes) == lsh_codes(b, hashes)).float().mean())
         assert share == pytest.approx((1 - math.acos(cosine) / math.pi) ** 4, rel=0.1)
 
 
