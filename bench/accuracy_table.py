@@ -71,7 +71,8 @@ def frontier_table(record: dict[str, Any]) -> Iterator[str]:
     """A row a grading; those of several cache shares have one a share, by KL."""
     points = sorted(record["points"], key=lambda p: (p["kl"], -p["link_bytes"]))
     shares = len({p["cache_share"] for p in points}) > 1
-    passages = f"{len(record['passages'])} passages x {record['targets']} targets"
+    count = len(record["passages"])
+    passages = f"{count} passage{'s' * (count > 1)} x {record['targets']} targets"
     yield f"### {record['model']}, {record['tokens']:,} tokens ({passages})"
     yield ""
     names = ["KL, nats", "perplexity / dense", "same top token", "exact rows a head (share)"]
@@ -81,7 +82,7 @@ def frontier_table(record: dict[str, Any]) -> Iterator[str]:
         [
             [
                 named(p["name"]),
-                *([f"{p['cache_share']:.2%}"] if shares else []),
+                *([f"{100 * p['cache_share']:g}%"] if shares else []),
                 f"{p['kl']:.1e}",
                 f"{p['ppl'] / p['ppl_dense']:.4f}",
                 f"{p['top1']:.1%}",
@@ -95,7 +96,7 @@ def frontier_table(record: dict[str, Any]) -> Iterator[str]:
         ],
     )
     if not shares and points[0]["cache_share"] != CACHE_SHARE:
-        yield f"\nRow cache: {points[0]['cache_share']:.2%} of the graded layers' rows."
+        yield f"\nRow cache: {100 * points[0]['cache_share']:g}% of the graded layers' rows."
 
 
 def named(method: str) -> str:

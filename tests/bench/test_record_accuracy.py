@@ -136,7 +136,7 @@ def test_markdown_has_a_row_a_method_and_a_column_a_length(
     assert "### Tiny, ppl (2 passages a length)" in text
     assert "| method | 200 | 400 |" in text
     assert "| **balanced** | 0.0 ± 100.0 (+0.0 ± 100.0) |" in text
-    assert "### Tiny, 400 tokens (1 passages x 12 targets)" in text and "| 25.00% |" in text
+    assert "### Tiny, 400 tokens (1 passage x 12 targets)" in text and "| 25% |" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert [len(block) for block in tables] == [2 + 3, 2 + 3, 2 + 6]
     for block in tables:

@@ -86,7 +86,7 @@ def test_command_writes_table_json_and_plot(arguments: list[str], tmp_path: Path
     shares = ["--cache-share", "0.25,0.0625"]
     result = run([*arguments, *shares, "--only", "balanced,lean,paper, K per channel"])
     assert result.exit_code == 0, result.output
-    assert "row cache" in result.stdout and "6.2%" in result.stdout and "25.0%" in result.stdout
+    assert "row cache" in result.stdout and "6.25%" in result.stdout and "25%" in result.stdout
     out = tmp_path / "out"
     record = json.loads((out / "frontier.json").read_text())
     assert record["machine"] == {"gpu": "none", "torch": torch.__version__}

@@ -100,7 +100,7 @@ def frontier(
         )
     written = out / "frontier.json", out / "frontier.png"
     report.write_json(settings, points, written[0])
-    title = f"{Path(model).stem}, {length:,} tokens, {len(chosen)} passages x {targets} targets"
+    title = f"{Path(model).stem}, {length:,} tokens, {len(chosen)} x {targets} targets"
     plot_frontier(points, title, written[1])
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(report.frontier_table(points, title))

@@ -107,7 +107,7 @@ def frontier_table(points: Sequence[FrontierPoint], title: str) -> Table:
             )
             table.add_row(
                 *(shared if i == 0 else ("",) * len(shared)),
-                f"{point.cache_share:.1%}",
+                f"{100 * point.cache_share:g}%",
                 f"{point.link_bytes / 1e6:.2f} MB",
                 f"{point.device_share:.0%}",
                 "*" if point.on_front else "",
