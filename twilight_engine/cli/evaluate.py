@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from twilight_engine.cli import frontier_report as report
 from twilight_engine.cli import options
 from twilight_engine.cli.errors import OneLineErrors
+from twilight_engine.cli.evaluate_run import PLAIN_WIDTH, read_texts
 from twilight_engine.cli.evaluate_tasks import niah, ppl, ruler
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from twilight_engine.eval.frontier import FrontierPoint
-    from twilight_engine.eval.simulation.grading import Grading
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -51,9 +47,17 @@ def frontier(
         str | None,
         typer.Option(help="Names with commas: these gradings alone.", show_default="all"),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where JSON and plot go.")] = Path(
-        "twilight-frontier"
-    ),
+    cache_share: Annotated[
+        str,
+        typer.Option(help="Of a graded layer's rows, what its row cache holds; with commas: each."),
+    ] = "0.0625",
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Results, JSON and plot; a run that was cut short goes on there.",
+        ),
+    ] = Path("twilight-frontier"),
     device: options.Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of weights and KV.")] = "auto",
 ) -> None:
@@ -66,71 +70,38 @@ def frontier(
     from rich.console import Console
     from rich.progress import Progress
 
-    from twilight_engine.eval.frontier import frontier as run
-    from twilight_engine.eval.frontier import gradings
     from twilight_engine.eval.frontier_plot import plot_frontier
+    from twilight_engine.eval.frontier_run import frontier as run
+    from twilight_engine.eval.records import RunFolder
+    from twilight_engine.eval.simulation.sweep import gradings
     from twilight_engine.eval.tasks.ppl import passages as cut
     from twilight_engine.models.load import load_model
-    from twilight_engine.runtime.arguments import pick_device
+    from twilight_engine.runtime.arguments import check_at_least_one, pick_device
 
-    named = [(path.name, path.read_text(encoding="utf-8")) for path in text]
+    check_at_least_one(passages=passages)
+    shares = report.parse_shares(cache_share)
+    texts = read_texts(text)
     loaded = load_model(model, dtype=dtype, device=pick_device(device))
     if loaded.tokenizer is None:
         raise ValueError(f"{model} has no tokenizer; frontier needs one to read texts")
-    sweep = pick(gradings(loaded.config.num_layers), only)
-    chosen = cut(loaded.tokenizer, named, length=length, targets=targets, count=passages)
+    sweep = report.pick(gradings(loaded.config.num_layers), only)
+    chosen = cut(loaded.tokenizer, texts, length=length, targets=targets, count=passages)
+    settings = report.frontier_settings(model, loaded, chosen, shares)
+    folder = RunFolder(out, settings)
     with Progress(console=Console(stderr=True)) as bars:
-        task = bars.add_task("gradings", total=len(sweep) * len(chosen))
+        bar = bars.add_task("gradings", total=len(sweep) * len(chosen))
         points = run(
-            loaded.model, chosen, sweep, progress=lambda name: bars.update(task, advance=1)
+            loaded.model,
+            chosen,
+            sweep,
+            folder,
+            cache_shares=shares,
+            progress=lambda count: bars.update(bar, advance=count),
         )
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {"model": Path(model).name, "tokens": length, "targets": targets}
-    record = {
-        **settings,
-        "passages": [passage.item_id for passage in chosen],
-        "points": [point.as_dict() for point in points],
-    }
-    (out / "frontier.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    title = f"{Path(model).stem}, {length:,} tokens, {len(chosen)} passages x {targets} targets"
-    plot_frontier(points, title, out / "frontier.png")
-    console = Console(highlight=False)
-    console.print(frontier_table(points, title))
-    console.print(f"written: {out / 'frontier.json'}, {out / 'frontier.png'}", style="dim")
-
-
-def pick(sweep: dict[str, Grading], only: str | None) -> dict[str, Grading]:
-    """The gradings of these names. Raises: ValueError for one that is not there."""
-    if only is None:
-        return sweep
-    names = [name.strip() for name in only.split(",")]
-    unknown = [name for name in names if name not in sweep]
-    if unknown:
-        raise ValueError(f"--only names {unknown}; allowed: {', '.join(sweep)}")
-    return {name: sweep[name] for name in names}
-
-
-def frontier_table(points: list[FrontierPoint], title: str) -> Table:
-    """One row a grading, by KL; a star marks the front."""
-    from rich.table import Table
-
-    table = Table(title=title)
-    for column in ("grading", "KL", "ppl / dense", "top-1", "exact rows", "link a step"):
-        table.add_column(column, justify="left" if column == "grading" else "right")
-    for column in ("device", "mass", "mass kept", "weakest head", "front"):
-        table.add_column(column, justify="right")
-    for point in sorted(points, key=lambda p: p.kl):
-        table.add_row(
-            point.name,
-            f"{point.kl:.1e}",
-            f"{point.ppl / point.ppl_dense:.4f}",
-            f"{point.top1:.1%}",
-            f"{point.exact_rows:.0f}",
-            f"{point.link_bytes / 1e6:.2f} MB",
-            f"{point.device_share:.0%}",
-            f"{point.mass:.3f}",
-            f"{point.mass_kept_share:.1%}",
-            f"{point.weakest_head:.2f}",
-            "*" if point.on_front else "",
-        )
-    return table
+    written = out / "frontier.json", out / "frontier.png"
+    report.write_json(settings, points, written[0])
+    title = f"{Path(model).stem}, {length:,} tokens, {len(chosen)} x {targets} targets"
+    plot_frontier(points, title, written[1])
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console.print(report.frontier_table(points, title))
+    console.print(f"written: {', '.join(map(str, written))}", style="dim", soft_wrap=True)

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from twilight_engine import _C
+from twilight_engine.cli.machine import ran_on
 
 if TYPE_CHECKING:
     from twilight_engine.eval.engine import EvalEngine
@@ -145,6 +146,7 @@ def show(options: TaskRun, methods: Sequence[str], folder: RunFolder) -> None:
         title += ", question decoded"
     summary = {
         "settings": folder.settings,
+        "machine": ran_on(folder.settings["device"]),
         "lines": [line.as_json() for line in lines],
     }
     path = folder.path / "summary.json"

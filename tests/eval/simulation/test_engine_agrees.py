@@ -9,6 +9,7 @@ import torch
 
 from tests.runtime.tiny import CONFIG
 from twilight_engine.config import PRESETS, KVConfig, SparseConfig
+from twilight_engine.eval.methods import parse_method
 from twilight_engine.eval.simulation.grading import Grading
 from twilight_engine.eval.simulation.passage import kl_divergence, prefill_passage, simulate
 from twilight_engine.kv.cache import KVCache
@@ -63,7 +64,20 @@ CASES = [(name, {}) for name in PRESETS] + [
 
 @pytest.mark.parametrize(("preset", "changes"), CASES)
 def test_same_steps(model, ids, preset, changes):
-    kv, sparse = KVConfig.preset(preset), SparseConfig.preset(preset, **changes)
+    check_same(model, ids, KVConfig.preset(preset), SparseConfig.preset(preset, **changes))
+
+
+@pytest.mark.parametrize(
+    "name", ["quest:100", "streaming:300", "top_k:250", "quest+paper@0.85:200", "streaming+paper"]
+)
+def test_same_steps_of_selectors(model, ids, name):
+    method = parse_method(name)
+    traces = check_same(model, ids, method.kv, method.sparse)
+    assert all(trace.wanted.any() for trace in traces.values())
+    assert any((trace.wanted.sum(-1) < CONTEXT - 200).all() for trace in traces.values())
+
+
+def check_same(model, ids, kv, sparse):
     want, steps = decoded(model, ids, kv, sparse)
     grading = Grading.of(kv, sparse, model.config.num_layers)
     passage = prefill_passage(model, ids[:CONTEXT], ids[CONTEXT : CONTEXT + STEPS])
@@ -78,6 +92,7 @@ def test_same_steps(model, ids, preset, changes):
         assert torch.allclose(
             trace.estimated_mass.T.float(), torch.from_numpy(steps.mass[:, layer]), atol=1e-3
         )
+    return got.traces
 
 
 def test_dense_layers_alone_give_the_plain_forward(model, ids):
@@ -88,5 +103,9 @@ def test_dense_layers_alone_give_the_plain_forward(model, ids):
 
 
 def test_grading_refuses_what_is_not_simulated():
-    with pytest.raises(NotImplementedError, match="selector 'streaming'"):
+    with pytest.raises(NotImplementedError, match=r"fetch 'page'; simulated: 'all', 'quest'"):
+        Grading.of(KVConfig(), SparseConfig(fetch="page"), 4)
+    with pytest.raises(NotImplementedError, match="'quest' with k_index 'int4_channel'"):
+        Grading.of(KVConfig(), SparseConfig(selector="quest", tail="renormalise"), 4)
+    with pytest.raises(NotImplementedError, match="'streaming' with tail 'mean'"):
         Grading.of(KVConfig(), SparseConfig(selector="streaming"), 4)

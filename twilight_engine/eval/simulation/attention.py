@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twilight_engine.config import QUEST_BLOCK
 from twilight_engine.eval.simulation.grading import Grading
 from twilight_engine.eval.simulation.quantisers import (
     quantised_keys,
@@ -116,20 +115,37 @@ class _Step:
         return weights
 
     def _candidates(self, pages: Tensor) -> Tensor | None:
-        """[H, T, L] what Quest's bounds leave; None: everything."""
-        share = self.grading.quest_share
-        if share is None or self.full == 0:
+        """[H, T, L] what the selector leaves; None: everything."""
+        if self.grading.selector == "all" or self.full == 0:
             return None
-        lo, hi = run_bounds(pages, QUEST_BLOCK)
+        if self.grading.selector == "streaming":
+            return self._last_tokens().expand(len(pages), -1, -1)
+        return self._best_blocks(pages)
+
+    def _last_tokens(self) -> Tensor:
+        """[T, L]: the last `selector_budget` tokens each step sees, in whole blocks."""
+        budget, block = self.grading.selector_budget, self.grading.candidate_block
+        seen = self.visible.sum(-1, keepdim=True)
+        kept = (seen.double() * budget).ceil() if isinstance(budget, float) else budget
+        token = torch.arange(self.length, device=seen.device)[None]
+        inside: Tensor = (token // block + 1) * block > seen - kept
+        return inside
+
+    def _best_blocks(self, pages: Tensor) -> Tensor:
+        """[H, T, L]: those of the largest upper bounds of q . k, as Quest has it."""
+        budget, block = self.grading.selector_budget, self.grading.candidate_block
+        lo, hi = run_bounds(pages, block)
         positive, negative = self.q.clamp(min=0), self.q.clamp(max=0)
         bound = positive @ hi.transpose(1, 2)[:, None] + negative @ lo.transpose(1, 2)[:, None]
-        blocks = self.listed[:, : self.full * self.size].unflatten(1, (-1, QUEST_BLOCK)).any(-1)
+        blocks = self.listed[:, : self.full * self.size].unflatten(1, (-1, block)).any(-1)
         bound = bound.masked_fill(~blocks, -math.inf)
-        keep = (self.listed.sum(-1) * share / QUEST_BLOCK).ceil()[:, None]
+        tokens = self.listed.sum(-1).double()
+        tokens = tokens * budget if isinstance(budget, float) else torch.full_like(tokens, budget)
+        keep = (tokens / block).ceil()[:, None]
         rank = bound.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         chosen = ((rank < keep) & blocks).any(1)  # [H, T, blocks], united over the group
         out = torch.zeros(*chosen.shape[:2], self.length, dtype=torch.bool, device=chosen.device)
-        out[..., : self.full * self.size] = chosen.repeat_interleave(QUEST_BLOCK, -1)
+        out[..., : self.full * self.size] = chosen.repeat_interleave(block, -1)
         return out
 
     def _grade(self, weights: Tensor, allowed: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:

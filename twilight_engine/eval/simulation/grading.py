@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from twilight_engine.config import KVConfig, SparseConfig
+from twilight_engine.config import QUEST_BLOCK, SELECTORS, KVConfig, SparseConfig
 
 KFormat = Literal["exact", "int8_token", "int4_channel", "int4_token", "int2_channel"]
 VFormat = Literal["none", "int2", "int4", "int8"]
@@ -23,7 +23,7 @@ class Grading:
         k_index, v_index: what the device keeps of every row; "exact" K stands for no quantiser.
         attn_top_k: exact rows a KV head in place of attn_top_p.
         value_only: exact rows take their logit from the index, and only V crosses the link.
-        quest_share: share of the context that Quest's bounds over 16 tokens leave; None: all.
+        selector, selector_budget: SparseConfig's; an int budget counts tokens.
         dense_layers: layers that attend to every row exactly.
     """
 
@@ -35,7 +35,8 @@ class Grading:
     k_index: KFormat = "int4_channel"
     v_index: VFormat = "int4"
     value_only: bool = False
-    quest_share: float | None = None
+    selector: Literal["all", "quest", "streaming"] = "all"
+    selector_budget: float | int = 0.25
     mass_margin: float = 1.0
     dense_layers: tuple[int, ...] = (0, 1)
     page_size: int = 64
@@ -49,18 +50,24 @@ class Grading:
     def of(cls, kv: KVConfig, sparse: SparseConfig, num_layers: int) -> Grading:
         """The grading of an engine's configs.
 
-        Raises: NotImplementedError for a selector that the simulation does not have.
+        Raises: NotImplementedError for what the simulation does not have.
         """
         if sparse.policy == "dense" or kv.dense_layers == "all" or sparse.keeps_every_row:
             return cls(dense_layers=tuple(range(num_layers)))
-        if sparse.selector not in ("all", "quest") or sparse.fetch != "row":
+        if sparse.selector not in SELECTORS or sparse.fetch != "row":
             raise NotImplementedError(
-                f"selector {sparse.selector!r}, fetch {sparse.fetch!r}; simulated: 'all', 'quest', "
-                "fetch 'row'"
+                f"selector {sparse.selector!r}, fetch {sparse.fetch!r}; simulated: "
+                f"{', '.join(map(repr, SELECTORS))}, fetch 'row'"
             )
-        budget = sparse.selector_budget
-        if sparse.selector == "quest" and not isinstance(budget, float):
-            raise NotImplementedError(f"selector_budget {budget}; simulated: a share")
+        if sparse.selector != "all" and sparse.tail != "renormalise":
+            raise NotImplementedError(
+                f"selector {sparse.selector!r} with tail {sparse.tail!r}; simulated: 'renormalise'"
+            )
+        if sparse.selector == "quest" and kv.k_index != "int4_token":
+            raise NotImplementedError(
+                f"selector 'quest' with k_index {kv.k_index!r}; simulated: its bounds over "
+                f"{QUEST_BLOCK} tokens, with 'int4_token'"
+            )
         return cls(
             attn_top_p=sparse.attn_top_p,
             attn_top_k=sparse.attn_top_k,
@@ -70,12 +77,18 @@ class Grading:
             mass_margin=sparse.mass_margin,
             k_index=kv.k_index,
             v_index=kv.v_index,
-            quest_share=float(budget) if sparse.selector == "quest" else None,
+            selector=sparse.selector,
+            selector_budget=sparse.selector_budget,
             dense_layers=tuple(i for i in kv.dense_layers if isinstance(i, int)),
             page_size=kv.page_size,
             num_sink=kv.num_sink,
             num_recent=kv.num_recent,
         )
+
+    @property
+    def candidate_block(self) -> int:
+        """Tokens of one selector decision: a page where K is per channel, else Quest's block."""
+        return self.page_size if self.k_index.endswith("channel") else QUEST_BLOCK
 
     def index_bytes_a_token(self, head_dim: int) -> float:
         """Device bytes of the index for one token of one KV head."""

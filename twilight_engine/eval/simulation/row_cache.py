@@ -9,22 +9,26 @@ from torch import Tensor
 def lru_misses(wanted: Tensor, slots: Tensor) -> Tensor:
     """Rows that each step fetches.
 
+    A cache of n slots holds the n rows used last, of those used together the lower ones, so one
+    pass serves all sizes.
+
     Args:
         wanted: [H, T, L] bool, the rows of each head and step.
-        slots: [H] int64, rows each head may keep.
-    Returns: [H, T] int64.
+        slots: [..., H] int64, rows each head may keep, of as many caches as there are.
+    Returns: [..., H, T] int64.
     """
     heads, steps, length = wanted.shape
     last_use = torch.full((heads, length), -1, dtype=torch.int32, device=wanted.device)
-    rank = torch.arange(length, device=wanted.device).expand(heads, length)
-    misses = torch.zeros(heads, steps, dtype=torch.int64, device=wanted.device)
+    numbers = torch.arange(length, device=wanted.device).expand(heads, length)
+    rank = numbers  # of each row, by last use
+    misses = torch.zeros(*slots.shape, steps, dtype=torch.int64, device=wanted.device)
     for t in range(steps):
         now = wanted[:, t]
-        misses[:, t] = (now & (last_use < 0)).sum(-1)
+        cached = (last_use >= 0) & (rank < slots[..., None])
+        misses[..., t] = (now & ~cached).sum(-1)
         last_use = torch.where(now, t, last_use)
         order = last_use.argsort(dim=-1, descending=True, stable=True)
-        kept = torch.zeros_like(now).scatter(-1, order, rank < slots[:, None])
-        last_use = torch.where(kept, last_use, -1)
+        rank = torch.empty_like(numbers).scatter(-1, order, numbers)
     return misses
 
 
