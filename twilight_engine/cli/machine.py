@@ -108,6 +108,15 @@ def numa_nodes(root: Path = Path("/")) -> list[str]:
     ]
 
 
+def ran_on(device: torch.device | str) -> dict[str, str]:
+    """What a run's records name: the GPU, "none" on a CPU, and torch's version."""
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name(device) if cuda else "none",
+        "torch": torch.__version__,
+    }
+
+
 def driver_version(root: Path = Path("/")) -> str:
     """The NVIDIA driver's version, as the kernel module states it."""
     path = root / "proc" / "driver" / "nvidia" / "version"
