@@ -134,15 +134,13 @@ def draw_mass(pyplot: Any, summary: BudgetSummary, p: float, title: str) -> Any:
         style = {"color": BIT_COLOURS[bits], "ls": "-" if along == "channel" else "--"}
         values = [row.captured[name] for row in rows]
         axes.plot(layers, values, marker="o", ms=3, label=f"{bits.upper()} per {along}", **style)
-    axes.axhline(p, color="black", lw=1, ls=":")
-    beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(f"p = {p}", (1, p), xycoords=("axes fraction", "data"), **beside)
+    axes.axhline(p, color="black", lw=1, ls=":", label=f"p = {p}")
     axes.set_xlabel("layer")
     axes.set_ylabel("true mass of the rows that top-p picks")
     axes.set_title(title)
     axes.grid(axis="y", color=GRID)
     axes.set_axisbelow(True)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.1, 1), frameon=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return figure
 
 
