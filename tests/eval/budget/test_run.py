@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.runtime.tiny import CONFIG
-from twilight_engine.config import SparseConfig
+from twilight_engine.config import KVConfig, SparseConfig
 from twilight_engine.eval.budget import run as budget_run
 from twilight_engine.eval.budget.run import (
     RULES,
@@ -138,14 +138,18 @@ def test_a_run_cut_short_goes_on(model, passages, folder, tmp_path, monkeypatch)
 
 def test_rules_are_the_presets():
     balanced, paper = (
-        Grading.of(budget_run.KVConfig.preset(name), SparseConfig.preset(name), LAYERS)
+        Grading.of(KVConfig.preset(name), SparseConfig.preset(name), LAYERS)
         for name in ("balanced", "paper")
     )
     assert grading_of("balanced", 0.8, LAYERS) == balanced
     assert grading_of("paper", 0.95, LAYERS) == paper
     assert grading_of("balanced", 0.995, LAYERS).index_top_p == 0.995
-    repaired = grading_of("paper, K per channel", 0.6, LAYERS)
-    assert (repaired.attn_top_p, repaired.k_index) == (0.6, "int4_channel")
+    repaired = Grading.of(
+        KVConfig.preset("paper", k_index="int4_channel"),
+        SparseConfig.preset("paper", attn_top_p=0.6, selector="all"),
+        LAYERS,
+    )
+    assert grading_of("paper, K per channel", 0.6, LAYERS) == repaired
     assert (repaired.group_rule, repaired.tail) == ("union", "renormalise")
 
 
