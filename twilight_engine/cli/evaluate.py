@@ -11,6 +11,7 @@ import typer
 from twilight_engine.cli import frontier_report as report
 from twilight_engine.cli import options
 from twilight_engine.cli.errors import OneLineErrors
+from twilight_engine.cli.evaluate_budget import budget
 from twilight_engine.cli.evaluate_run import PLAIN_WIDTH, read_texts
 from twilight_engine.cli.evaluate_tasks import niah, ppl, ruler
 
@@ -25,7 +26,7 @@ app = typer.Typer(
 )
 
 
-for task in (niah, ruler, ppl):
+for task in (niah, ruler, ppl, budget):
     app.command()(task)
 
 

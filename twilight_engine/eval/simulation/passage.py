@@ -10,6 +10,7 @@ from torch import Tensor
 from twilight_engine.attention.prefill import causal_attention
 from twilight_engine.eval.simulation.attention import LayerTrace, simulate_layer
 from twilight_engine.eval.simulation.grading import Grading
+from twilight_engine.layers.attention import Attend
 from twilight_engine.models.decoder import DecoderModel
 
 
@@ -103,11 +104,17 @@ class _Simulator:
 def simulate(model: DecoderModel, passage: PrefilledPassage, grading: Grading) -> Outcome:
     """Every step of a passage under a grading, teacher-forced."""
     attend = _Simulator(passage, model, grading)
+    return Outcome(run_steps(model, passage, attend), attend.traces)
+
+
+@torch.inference_mode()
+def run_steps(model: DecoderModel, passage: PrefilledPassage, attend: Attend) -> Tensor:
+    """Log-probabilities [T, V] of a passage's targets under any attention of its steps."""
     start = len(passage.keys[0])
     positions = torch.arange(start, start + len(passage.target_ids), device=model.device)
     logits = model(passage.target_ids, positions, attend, torch.full_like(positions, start + 1))
     assert isinstance(logits, Tensor)
-    return Outcome(logits.log_softmax(-1), attend.traces)
+    return logits.log_softmax(-1)
 
 
 def kl_divergence(dense: Tensor, other: Tensor) -> Tensor:

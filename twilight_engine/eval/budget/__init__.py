@@ -1,0 +1,1 @@
+"""How many rows attention needs: by passage, step, layer and head, by bits of the index, by p."""
