@@ -103,22 +103,23 @@ def fill(
     folder: RunFolder,
 ) -> None:
     """Run what the folder lacks, under a progress bar where there is a terminal."""
-    from twilight_engine.eval.engine import EvalEngine, room_for
+    from twilight_engine.eval.engine import EvalEngine
     from twilight_engine.eval.items import Passage
+    from twilight_engine.eval.memory import room_for, tokens_of
     from twilight_engine.eval.progress import EvalProgress
     from twilight_engine.eval.run import run
     from twilight_engine.runtime.arguments import context_length
 
     budget = memory_budget(loaded.model.device, options.device_memory, options.host_memory)
     for workload in workloads:
-        context_length(room_for(workload.items), loaded.config)  # warns of too long ones
+        context_length(max(map(tokens_of, workload.items)), loaded.config)  # warns of too long ones
 
     def make_engine(workload: Workload) -> EvalEngine:
         first = workload.items[0]
         return EvalEngine(
             loaded,
             methods,
-            max_len=room_for(workload.items),
+            max_len=room_for(workload.items, options.question),
             batch=min(options.batch, len(workload.items)),
             hot_bytes=options.hot_bytes,
             budget=budget,
