@@ -10,6 +10,7 @@ import typer
 
 from twilight_engine.cli import options
 from twilight_engine.cli.errors import OneLineErrors
+from twilight_engine.cli.evaluate_longbench import longbench
 from twilight_engine.cli.evaluate_tasks import niah, ppl, ruler
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 
 
-for task in (niah, ruler, ppl):
+for task in (niah, ruler, ppl, longbench):
     app.command()(task)
 
 

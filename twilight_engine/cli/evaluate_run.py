@@ -66,7 +66,7 @@ class TaskRun:
         given["text"] = tuple(Path(path) for path in given.get("text", ()))
         given["out"] = Path(given["out"])
         given.setdefault("seed", 0)
-        return cls(task=task, lengths=parse_lengths(params["length"]), **given)
+        return cls(task=task, lengths=parse_lengths(params.get("length", ())), **given)
 
 
 def run_task(
@@ -74,21 +74,33 @@ def run_task(
     make_items: Callable[[Tokenizer, Texts, int], Sequence[Item] | Sequence[Passage]],
 ) -> None:
     """Make the items, run every method on them and show the table."""
+    from twilight_engine.eval.run import Workload
+
+    texts = read_texts(options.text)
+
+    def make(loaded: LoadedModel) -> Sequence[Workload]:
+        assert loaded.tokenizer is not None
+        return [
+            Workload(length, make_items(loaded.tokenizer, texts, length))
+            for length in options.lengths
+        ]
+
+    run_workloads(options, make)
+
+
+def run_workloads(options: TaskRun, make: Callable[[LoadedModel], Sequence[Workload]]) -> None:
+    """Load the model, which has a tokenizer, make its workloads, run every method on them."""
     from twilight_engine.eval.channels import with_channels
     from twilight_engine.eval.methods import parse_methods
     from twilight_engine.eval.records import RunFolder
-    from twilight_engine.eval.run import Workload
     from twilight_engine.models.load import load_model
     from twilight_engine.runtime.arguments import pick_device
 
     methods = parse_methods(options.methods)
-    texts = read_texts(options.text)
     loaded = load_model(options.model, dtype=options.dtype, device=pick_device(options.device))
     if loaded.tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer; eval needs one to read texts")
-    workloads = [
-        Workload(length, make_items(loaded.tokenizer, texts, length)) for length in options.lengths
-    ]
+    workloads = make(loaded)
     methods = with_channels(methods, loaded.model, workloads[0].items[0].context_ids)
     folder = RunFolder(options.out, settings_of(options, loaded, workloads))
     fill(options, loaded, methods, workloads, folder)
@@ -137,7 +149,7 @@ def show(options: TaskRun, methods: Sequence[str], folder: RunFolder) -> None:
 
     from twilight_engine.eval.plots import plot_run
     from twilight_engine.eval.summary import summarise
-    from twilight_engine.eval.table import results_table
+    from twilight_engine.eval.table import groups_table, results_table
 
     records = folder.of(methods)
     lines = summarise(records, methods)
@@ -157,6 +169,9 @@ def show(options: TaskRun, methods: Sequence[str], folder: RunFolder) -> None:
         if error.name != "matplotlib":
             raise
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    groups = groups_table(lines)
+    if groups is not None:
+        console.print(groups)
     console.print(results_table(lines, title))
     console.print(f"written: {', '.join(map(str, written))}", style="dim", soft_wrap=True)
 
