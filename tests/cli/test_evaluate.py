@@ -111,7 +111,7 @@ def test_a_text_that_is_not_text(model: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_task_and_a_missing_text(model: str) -> None:
-    assert_error(run("needles", model), "needles", "niah, ruler, ppl, longbench")
+    assert_error(run("needles", model), "needles", "niah, ruler, ppl, longbench, lm-eval")
     assert_error(run("niah", model), "--text")
 
 

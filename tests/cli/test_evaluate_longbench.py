@@ -77,7 +77,9 @@ def test_what_is_missing_is_said_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setitem(sys.modules, "rapidfuzz", None)
     result = run("longbench", "no-model", "--data", data, "--out", tmp_path / "out")
-    assert_error(result, "rapidfuzz is not installed (for edit_similarity)", "twilight-engine[eval]")
+    assert_error(
+        result, "rapidfuzz is not installed (for edit_similarity)", "twilight-engine[eval]"
+    )
 
 
 @pytest.mark.parametrize(

@@ -114,5 +114,7 @@ def test_a_missing_package_is_named_up_front(monkeypatch: pytest.MonkeyPatch) ->
     check_installed(METRICS)
     monkeypatch.setitem(sys.modules, "rapidfuzz", None)  # as if it were not installed
     check_installed({"f1", "classification"})
-    with pytest.raises(ValueError, match=r"rapidfuzz is not .* \(for rouge_l\): .* 'twilight-engine\[eval\]'"):
+    with pytest.raises(
+        ValueError, match=r"rapidfuzz is not .* \(for rouge_l\): .* 'twilight-engine\[eval\]'"
+    ):
         check_installed(["f1", "rouge_l"])

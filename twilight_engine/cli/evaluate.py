@@ -10,6 +10,7 @@ import typer
 
 from twilight_engine.cli import options
 from twilight_engine.cli.errors import OneLineErrors
+from twilight_engine.cli.evaluate_lm_eval import lm_eval
 from twilight_engine.cli.evaluate_longbench import longbench
 from twilight_engine.cli.evaluate_tasks import niah, ppl, ruler
 
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 
 
-for task in (niah, ruler, ppl, longbench):
+for task in (niah, ruler, ppl, longbench, lm_eval):
     app.command()(task)
 
 

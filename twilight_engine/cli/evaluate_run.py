@@ -180,18 +180,25 @@ def settings_of(
     options: TaskRun, loaded: LoadedModel, workloads: Sequence[Workload]
 ) -> dict[str, Any]:
     """What decides about results besides the methods."""
-    config = loaded.config
     return {
-        "task": options.task,
-        "model": Path(options.model).name,
-        "shape": f"{config.num_layers} layers, hidden {config.hidden_size}",
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": loaded.model.device.type,
+        **model_settings(options.task, options.model, loaded),
         "items": {str(w.length): f"{len(w.items)}, {w.digest}" for w in workloads},
         "question": options.question,
         "seed": options.seed,
         "batch": options.batch,
         "hot_bytes": options.hot_bytes,
+    }
+
+
+def model_settings(task: str, model: str, loaded: LoadedModel) -> dict[str, Any]:
+    """The part of a run's settings that every task has."""
+    config = loaded.config
+    return {
+        "task": task,
+        "model": Path(model).name,
+        "shape": f"{config.num_layers} layers, hidden {config.hidden_size}",
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": loaded.model.device.type,
     }
 
 

@@ -89,7 +89,7 @@ def _line(length: int, method: str, mine: list[Record], dense: dict[str, Record]
         length=length,
         method=method,
         items=len(mine),
-        costs={name: _mean_cost(mine, name) for name in COSTS},
+        costs={name: mean_cost(mine, name) for name in COSTS},
         step_s=statistics.fmean(record["step_s"] for record in mine),
         batch=statistics.fmean(record["batch"] for record in mine),
     )
@@ -160,7 +160,7 @@ def _half_width(values: list[float]) -> float | None:
     return Z_95 * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def _mean_cost(records: list[Record], name: str) -> float | None:
+def mean_cost(records: Sequence[Record], name: str) -> float | None:
     """Over all steps of the records; None where a record does not know."""
     known = [r for r in records if r[name] is not None and r["steps"]]
     if not known or len(known) < sum(1 for r in records if r["steps"]):
