@@ -25,8 +25,8 @@ def results(scores: list[float]) -> dict[str, Any]:
     """As simple_evaluate returns them."""
     mean = sum(scores) / len(scores)
     samples = [
-        {"doc_id": i, "filter": name, "acc": score, "ppl": (score, 3)}
-        for name in ("none", "strict")
+        {"doc_id": i, "filter": name, "acc": share * score, "ppl": (score, 3)}
+        for name, share in (("none", 1), ("strict", 0.5))
         for i, score in enumerate(scores)
     ]
     task = {

@@ -9,9 +9,12 @@ import pytest
 
 from tests.eval.harness import BALANCED, DENSE, ITEMS, METHODS, PASSAGES, engine, tiny_loaded
 from twilight_engine.eval import respond
+from twilight_engine.eval.caches import MethodCaches
 from twilight_engine.eval.memory import MemoryBudget
+from twilight_engine.eval.methods import Method
 from twilight_engine.eval.records import RunFolder
 from twilight_engine.eval.respond import Responder, by_length
+from twilight_engine.runtime.runner import DecodeBatch
 
 LOADED = tiny_loaded()
 ASKED = [dataclasses.replace(item, metric=None, answers=()) for item in ITEMS]
@@ -54,14 +57,25 @@ def test_answers_are_the_engines_and_made_once(
             assert all(r["score"] is None and r["method"] == method.name for r in found)
 
 
-def test_passages_are_not_compared_so_dense_is_not_run_again(tmp_path: Path) -> None:
+def test_passages_are_not_compared_so_dense_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = responder(tmp_path)
     (own, *_) = made.respond(PASSAGES, BALANCED)
     assert own["kl"] is None and own["group"] == "ppl"
     folder = tmp_path / "results.jsonl"
     kept = [line for line in folder.read_text().splitlines() if '"dense"' in line]
     folder.write_text("\n".join(kept) + "\n")
+    started: list[str] = []
+    start = MethodCaches.start
+
+    def note(self: MethodCaches, method: Method) -> DecodeBatch:
+        started.append(method.name)
+        return start(self, method)
+
+    monkeypatch.setattr(MethodCaches, "start", note)
     (again, *_) = responder(tmp_path).respond(PASSAGES, BALANCED)
+    assert set(started) == {method.name for method in METHODS[1:]}
     assert again["nll"] == pytest.approx(own["nll"], abs=1e-6)
 
 

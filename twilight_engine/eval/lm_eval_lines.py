@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real  # numpy's numbers too
 from typing import Any
 
 from twilight_engine.eval.methods import Method
@@ -63,7 +64,7 @@ def summarise_tasks(
 
 def _is_metric(key: str, value: object) -> bool:
     metric, comma, _ = key.partition(",")
-    return bool(comma) and not metric.endswith("_stderr") and isinstance(value, (int, float))
+    return bool(comma) and not metric.endswith("_stderr") and isinstance(value, Real)
 
 
 def _line(
@@ -116,4 +117,4 @@ def _pairs(own: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
 
 def _number(value: object) -> float | None:
     """A finite number; lm-eval says "N/A" where it knows none."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
