@@ -209,15 +209,16 @@ def test_a_whole_evaluation_gives_the_scores_worked_out_by_hand(tmp_path: Path) 
 
 def test_every_method_word_runs(tmp_path: Path) -> None:
     """Above the resident rows of the default KVConfig, so that each word's own steps run."""
-    words = "dense,dense-int4,balanced@0.9,lean,paper,top_k:8,quest:64,quest+lean@0.85,streaming:64"
-    responder = Responder(LOADED, parse_methods(words), RunFolder(tmp_path, {}))
+    words = "balanced@0.9,top_k:8,quest:64,quest+lean@0.85,double_sparsity:64,lsh,table"
+    methods = parse_methods(words)
+    responder = Responder(LOADED, methods, RunFolder(tmp_path, {}))
     asked = requests("generate_until", ("The light is on. " * 24, {"max_gen_toks": 4}))
     scored = requests("loglikelihood", ("The light is on. " * 24, "Why?"))
-    for method in responder.methods:
+    for method in methods:
         lm = TwilightLM(responder, method)
         assert len(lm.generate_until(asked)) == 1
         assert -100 < lm.loglikelihood(scored)[0][0] < 0
-    assert len(responder.folder.records) == 2 * len(words.split(","))
+    assert len(responder.folder.records) == 2 * len(methods)
 
 
 def test_tasks_that_are_not_there(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import pytest
 from tests.eval.harness import BALANCED, DENSE, ITEMS, METHODS, PASSAGES, engine, tiny_loaded
 from twilight_engine.eval import respond
 from twilight_engine.eval.caches import MethodCaches
+from twilight_engine.eval.channels import with_channels
 from twilight_engine.eval.memory import MemoryBudget
-from twilight_engine.eval.methods import Method
+from twilight_engine.eval.methods import Method, parse_methods
 from twilight_engine.eval.records import RunFolder
 from twilight_engine.eval.respond import Responder, by_length
+from twilight_engine.models.decoder import DecoderModel
 from twilight_engine.runtime.runner import DecodeBatch
 
 LOADED = tiny_loaded()
@@ -86,6 +89,25 @@ def test_records_are_those_asked_for(tmp_path: Path) -> None:
     made.respond(ASKED[:2], DENSE)
     assert {r["item"] for r in made.records("a", DENSE)} == {"item-0", "item-1"}
     assert made.records("b", DENSE) == []
+
+
+def test_channels_come_from_the_first_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: later requests are answered with the same ones."""
+    methods = parse_methods("double_sparsity:16")
+    samples: list[Sequence[int]] = []
+
+    def note(methods: Sequence[Method], model: DecoderModel, ids: Sequence[int]) -> list[Method]:
+        samples.append(ids)
+        return with_channels(methods, model, ids)
+
+    monkeypatch.setattr(respond, "with_channels", note)
+    made = Responder(LOADED, methods, RunFolder(tmp_path, {}))
+    (first,) = made.respond(ASKED[:1], methods[0])
+    assert first["method"] == "double_sparsity:16"
+    made.respond(ASKED[1:], methods[0])
+    assert samples == [ASKED[0].prompt_ids]
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:

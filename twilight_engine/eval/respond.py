@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from twilight_engine.eval.channels import with_channels
 from twilight_engine.eval.engine import EvalEngine
 from twilight_engine.eval.items import Item, Passage
 from twilight_engine.eval.memory import MemoryBudget, room_for, tokens_of
@@ -20,7 +21,8 @@ class Responder:
     """Runs requests by all methods when the first of them asks, and remembers.
 
     So each prompt is prefilled once, whichever method asks for it later, and what the folder has
-    is not worked out again. Requests of about the same length share caches and batches.
+    is not worked out again. Requests of about the same length share caches and batches. Double
+    Sparsity's channels are ranked on the first request's prompt.
 
     Args:
         methods: every method that will ask.
@@ -50,6 +52,10 @@ class Responder:
 
         Raises: ValueError for a budget that does not hold one sequence of the longest.
         """
+        if asked and not self._asked:
+            first = asked[0]
+            ids = first.context_ids if isinstance(first, Passage) else first.prompt_ids
+            self.methods = with_channels(self.methods, self.loaded.model, ids)
         for item in asked:
             self._asked.setdefault(item.group, set()).add(item.item_id)
         workloads = by_length(asked)
