@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.cli.models import tiny_model
+from tests.cli.models import CONTEXT, tiny_model
 from twilight_engine.cli.evaluate_run import TaskRun, parse_lengths
 from twilight_engine.cli.main import app
 from twilight_engine.eval.haystack import paragraphs
@@ -59,8 +59,10 @@ def test_ppl_writes_a_table_and_everything_beside_it(
     assert_error(other, "batch was 32, is 1", "use another --out")
 
 
+@pytest.mark.filterwarnings("error:max_model_len")
 def test_niah_runs_with_the_question_decoded(model: str, text: Path, tmp_path: Path) -> None:
-    wanted = ["--length", "900", "--items", "2", "--question", "decode", "--seed", "3"]
+    """At the model's limit, which is no reason to warn."""
+    wanted = ["--length", str(CONTEXT), "--items", "2", "--question", "decode", "--seed", "3"]
     methods = ["--methods", "balanced"]
     result = run("niah", model, "--text", text, *methods, *wanted, "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -109,7 +111,7 @@ def test_a_text_that_is_not_text(model: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_task_and_a_missing_text(model: str) -> None:
-    assert_error(run("needles", model), "needles", "niah, ruler, ppl")
+    assert_error(run("needles", model), "needles", "niah, ruler, ppl, longbench, lm-eval")
     assert_error(run("niah", model), "--text")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tests.models.dense import DenseAttend
 from tests.runtime.tiny import CONFIG, byte_tokenizer, prompt_ids
 from twilight_engine.config import KVConfig, SparseConfig
 from twilight_engine.eval.engine import EvalEngine
@@ -66,3 +67,13 @@ def engine(loaded: LoadedModel | None = None, **changes: Any) -> EvalEngine:
     }
     methods = changes.pop("methods", METHODS)
     return EvalEngine(loaded or tiny_loaded(), methods, **{**options, **changes})
+
+
+def by_plain_forward(loaded: LoadedModel, passage: Passage) -> tuple[torch.Tensor, list[bool]]:
+    """-log p of the targets, and whether each is the most probable token."""
+    ids = torch.tensor([*passage.context_ids, *passage.target_ids])
+    logits = loaded.model(ids, torch.arange(len(ids)), DenseAttend(loaded.config))
+    log_p = logits.log_softmax(-1)[len(passage.context_ids) - 1 : -1]
+    targets = torch.tensor(passage.target_ids)
+    is_top = (log_p.argmax(-1) == targets).tolist()
+    return -log_p.gather(1, targets[:, None])[:, 0], is_top

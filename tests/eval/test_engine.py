@@ -8,13 +8,25 @@ from typing import Any
 import pytest
 import torch
 
-from tests.eval.harness import BALANCED, DENSE, ITEMS, METHODS, PASSAGES, engine, tiny_loaded
-from tests.models.dense import DenseAttend
+from tests.eval.harness import (
+    BALANCED,
+    DENSE,
+    ITEMS,
+    METHODS,
+    PASSAGES,
+    by_plain_forward,
+    engine,
+    tiny_loaded,
+)
 from tests.runtime.tiny import byte_tokenizer
 from twilight_engine import LLM, SamplingParams
-from twilight_engine.eval.engine import Answer, EvalEngine, room_for
+from twilight_engine.eval.engine import Answer, EvalEngine
 from twilight_engine.eval.items import Item
-from twilight_engine.eval.memory import MemoryBudget, default_hot_bytes, even_batches
+from twilight_engine.eval.memory import (
+    MemoryBudget,
+    default_hot_bytes,
+    even_batches,
+)
 from twilight_engine.eval.methods import Method
 from twilight_engine.kv.cache import KVCache
 from twilight_engine.models.load import LoadedModel
@@ -137,13 +149,10 @@ def test_predictions_are_a_plain_forwards():
     with engine(loaded) as made:
         found = {p[0].method.name: p for p in made.predict(PASSAGES, made.methods)}
     for i, passage in enumerate(PASSAGES):
-        ids = torch.tensor([*passage.context_ids, *passage.target_ids])
-        logits = loaded.model(ids, torch.arange(len(ids)), DenseAttend(loaded.config))
-        log_p = logits.log_softmax(-1)[len(passage.context_ids) - 1 : -1]
-        targets = torch.tensor(passage.target_ids)
-        nll = -log_p.gather(1, targets[:, None])[:, 0]
+        nll, is_top = by_plain_forward(loaded, passage)
         dense = found["dense"][i]
         torch.testing.assert_close(torch.tensor(dense.nll), nll, atol=1e-4, rtol=0)
+        assert dense.is_top == is_top
         assert dense.kl is None and dense.same_top is None
         assert dense.cost.exact_rows == len(passage.context_ids) + 4.5
         lean = found["lean"][i]
@@ -214,13 +223,6 @@ def test_batches_are_even():
     assert [len(b) for b in even_batches(50, 32)] == [25, 25]
     assert [i for b in even_batches(10, 4) for i in b] == list(range(10))
     assert even_batches(0, 4) == []
-
-
-def test_room_holds_a_batch_of_the_longest_prompt_and_the_longest_answer():
-    assert room_for(ITEMS) == 150 + 11 + 9  # ITEMS[1] has the longest question and answer
-    assert room_for(PASSAGES) == 140 + 10
-    with engine(max_len=room_for(ITEMS)) as made:
-        assert len(answers(made, question="decode")["balanced"]) == 3
 
 
 def test_everything_is_given_back():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import statistics
+import sys
 
 import pytest
 
-from twilight_engine.eval.metrics import METRICS, confidence_interval, paired_interval
+from twilight_engine.eval.metrics import METRICS, check_installed, confidence_interval
 
 
 @pytest.mark.parametrize(
@@ -102,19 +103,18 @@ def test_the_interval_covers_the_mean_19_times_of_20() -> None:
 def test_equal_scores_are_not_certain() -> None:
     assert confidence_interval([1.0] * 60) == pytest.approx(0.05)
     assert confidence_interval([0.3]) == 1
-    assert paired_interval([0.0, 1.0] * 30, [0.0, 1.0] * 30) == pytest.approx(0.05)
-
-
-def test_pairs_shrink_the_interval_of_a_difference() -> None:
-    a = [0.0, 1.0] * 50
-    b = [x * 0.9 for x in a]
-    # Differences 0 and 0.1: 1.96 * 0.05025 / 10.
-    assert paired_interval(a, b) == pytest.approx(0.00985, abs=1e-5)
-    assert paired_interval(a, b) < 0.1 * confidence_interval(a)
 
 
 def test_wrong_scores_are_named() -> None:
     with pytest.raises(ValueError, match="scores is empty"):
         confidence_interval([])
-    with pytest.raises(ValueError, match="a has 2 scores and b 1"):
-        paired_interval([1, 0], [1])
+
+
+def test_a_missing_package_is_named_up_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_installed(METRICS)
+    monkeypatch.setitem(sys.modules, "rapidfuzz", None)  # as if it were not installed
+    check_installed({"f1", "classification"})
+    with pytest.raises(
+        ValueError, match=r"rapidfuzz is not .* \(for rouge_l\): .* 'twilight-engine\[eval\]'"
+    ):
+        check_installed(["f1", "rouge_l"])

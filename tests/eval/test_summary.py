@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from twilight_engine.eval.plots import plot_run
 from twilight_engine.eval.records import Record
 from twilight_engine.eval.summary import Line, summarise
-from twilight_engine.eval.table import results_table
+from twilight_engine.eval.table import groups_table, results_table
 
 METHODS = ["dense", "balanced", "quest:256"]
 
@@ -92,6 +93,24 @@ def test_scores_and_differences():
     assert quest.score is not None and quest.score.low == 0.0 and quest.score.high == 0.75
 
 
+def test_groups_of_different_sizes_count_alike():
+    scores = {"a": [1.0, 0.0, 1.0, 0.0], "b": [1.0, 0.0]}
+    dense = {"a": [1.0, 1.0, 1.0, 0.0], "b": [1.0, 1.0]}
+    records = [
+        record(method, 10 * k + i, group=group, score=score)
+        for method, groups in (("dense", dense), ("balanced", scores))
+        for k, (group, row) in enumerate(groups.items())
+        for i, score in enumerate(row)
+    ]
+    _, balanced = summarise(records, METHODS)
+    assert balanced.score is not None and balanced.score.value == 0.5
+    change = balanced.score_change
+    assert change is not None and change.value == pytest.approx((-0.25 - 0.5) / 2)
+    # Differences 0, -1, 0, 0 (deviation 0.5) and 0, -1 (0.7071): half the root of the squares' sum.
+    half = 1.96 * math.hypot(0.5 / 2, math.sqrt(0.5) / math.sqrt(2)) / 2
+    assert change.high == pytest.approx(change.value + half) and change.count == 6
+
+
 def test_costs_are_means_over_steps():
     lines = summarise(answered(), METHODS)
     assert lines[3].costs["exact_rows"] == pytest.approx((30 * 1 + 60 * 2 + 90 * 3) / 180)
@@ -118,8 +137,12 @@ def test_one_passage_has_no_interval():
 
 
 def printed(lines: list[Line]) -> str:
+    return shown(results_table(lines, "ruler, tiny"))
+
+
+def shown(table: Table) -> str:
     console = Console(file=io.StringIO(), width=240, highlight=False)
-    console.print(results_table(lines, "ruler, tiny"))
+    console.print(table)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -139,6 +162,27 @@ def test_the_table():
     ]
     assert rows[2][11] == "" and rows[3][:2] == ["2,048", "dense"]
     assert "4 items a row" in text and "batches of 4" in text
+
+
+def test_many_groups_have_a_table_of_their_own():
+    records = [
+        record(method, i, group=f"set {i}", score=i / 10 if method == "dense" else 0.25)
+        for method in METHODS[:2]
+        for i in range(9)
+    ]
+    lines = summarise(records, METHODS)
+    assert "set 3" not in printed(lines) and "average" in printed(lines)
+    table = groups_table(lines)
+    assert table is not None
+    text = shown(table)
+    assert [cell.strip() for cell in text.splitlines()[1].split("┃")[1:-1]] == [
+        *("tokens", "group", "items", "dense", "balanced")
+    ]
+    row = next(line for line in text.splitlines() if "set 3" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        *("1,024", "set 3", "1", "30.0", "25.0")
+    ]
+    assert groups_table(summarise(answered(), METHODS)) is None
 
 
 def test_the_table_of_predictions():

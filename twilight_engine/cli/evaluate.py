@@ -12,6 +12,8 @@ from twilight_engine.cli import frontier_report as report
 from twilight_engine.cli import options
 from twilight_engine.cli.errors import OneLineErrors
 from twilight_engine.cli.evaluate_budget import budget
+from twilight_engine.cli.evaluate_lm_eval import lm_eval
+from twilight_engine.cli.evaluate_longbench import longbench
 from twilight_engine.cli.evaluate_run import PLAIN_WIDTH, read_texts
 from twilight_engine.cli.evaluate_tasks import niah, ppl, ruler
 
@@ -26,7 +28,7 @@ app = typer.Typer(
 )
 
 
-for task in (niah, ruler, ppl, budget):
+for task in (niah, ruler, ppl, longbench, lm_eval, budget):
     app.command()(task)
 
 

@@ -67,7 +67,7 @@ class TaskRun:
         given["text"] = tuple(Path(path) for path in given.get("text", ()))
         given["out"] = Path(given["out"])
         given.setdefault("seed", 0)
-        return cls(task=task, lengths=parse_lengths(params["length"]), **given)
+        return cls(task=task, lengths=parse_lengths(params.get("length", ())), **given)
 
 
 def run_task(
@@ -75,21 +75,33 @@ def run_task(
     make_items: Callable[[Tokenizer, Texts, int], Sequence[Item] | Sequence[Passage]],
 ) -> None:
     """Make the items, run every method on them and show the table."""
+    from twilight_engine.eval.run import Workload
+
+    texts = read_texts(options.text)
+
+    def make(loaded: LoadedModel) -> Sequence[Workload]:
+        assert loaded.tokenizer is not None
+        return [
+            Workload(length, make_items(loaded.tokenizer, texts, length))
+            for length in options.lengths
+        ]
+
+    run_workloads(options, make)
+
+
+def run_workloads(options: TaskRun, make: Callable[[LoadedModel], Sequence[Workload]]) -> None:
+    """Load the model, which has a tokenizer, make its workloads, run every method on them."""
     from twilight_engine.eval.channels import with_channels
     from twilight_engine.eval.methods import parse_methods
     from twilight_engine.eval.records import RunFolder
-    from twilight_engine.eval.run import Workload
     from twilight_engine.models.load import load_model
     from twilight_engine.runtime.arguments import pick_device
 
     methods = parse_methods(options.methods)
-    texts = read_texts(options.text)
     loaded = load_model(options.model, dtype=options.dtype, device=pick_device(options.device))
     if loaded.tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer; eval needs one to read texts")
-    workloads = [
-        Workload(length, make_items(loaded.tokenizer, texts, length)) for length in options.lengths
-    ]
+    workloads = make(loaded)
     methods = with_channels(methods, loaded.model, workloads[0].items[0].context_ids)
     folder = RunFolder(options.out, settings_of(options, loaded, workloads))
     fill(options, loaded, methods, workloads, folder)
@@ -104,22 +116,23 @@ def fill(
     folder: RunFolder,
 ) -> None:
     """Run what the folder lacks, under a progress bar where there is a terminal."""
-    from twilight_engine.eval.engine import EvalEngine, room_for
+    from twilight_engine.eval.engine import EvalEngine
     from twilight_engine.eval.items import Passage
+    from twilight_engine.eval.memory import room_for, tokens_of
     from twilight_engine.eval.progress import EvalProgress
     from twilight_engine.eval.run import run
     from twilight_engine.runtime.arguments import context_length
 
     budget = memory_budget(loaded.model.device, options.device_memory, options.host_memory)
     for workload in workloads:
-        context_length(room_for(workload.items), loaded.config)  # warns of too long ones
+        context_length(max(map(tokens_of, workload.items)), loaded.config)  # warns of too long ones
 
     def make_engine(workload: Workload) -> EvalEngine:
         first = workload.items[0]
         return EvalEngine(
             loaded,
             methods,
-            max_len=room_for(workload.items),
+            max_len=room_for(workload.items, options.question),
             batch=min(options.batch, len(workload.items)),
             hot_bytes=options.hot_bytes,
             budget=budget,
@@ -137,7 +150,7 @@ def show(options: TaskRun, methods: Sequence[str], folder: RunFolder) -> None:
 
     from twilight_engine.eval.plots import plot_run
     from twilight_engine.eval.summary import summarise
-    from twilight_engine.eval.table import results_table
+    from twilight_engine.eval.table import groups_table, results_table
 
     records = folder.of(methods)
     lines = summarise(records, methods)
@@ -158,6 +171,9 @@ def show(options: TaskRun, methods: Sequence[str], folder: RunFolder) -> None:
         if error.name != "matplotlib":
             raise
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    groups = groups_table(lines)
+    if groups is not None:
+        console.print(groups)
     console.print(results_table(lines, title))
     console.print(f"written: {', '.join(map(str, written))}", style="dim", soft_wrap=True)
 
@@ -166,18 +182,25 @@ def settings_of(
     options: TaskRun, loaded: LoadedModel, workloads: Sequence[Workload]
 ) -> dict[str, Any]:
     """What decides about results besides the methods."""
-    config = loaded.config
     return {
-        "task": options.task,
-        "model": Path(options.model).name,
-        "shape": f"{config.num_layers} layers, hidden {config.hidden_size}",
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": loaded.model.device.type,
+        **model_settings(options.task, options.model, loaded),
         "items": {str(w.length): f"{len(w.items)}, {w.digest}" for w in workloads},
         "question": options.question,
         "seed": options.seed,
         "batch": options.batch,
         "hot_bytes": options.hot_bytes,
+    }
+
+
+def model_settings(task: str, model: str, loaded: LoadedModel) -> dict[str, Any]:
+    """The part of a run's settings that every task has."""
+    config = loaded.config
+    return {
+        "task": task,
+        "model": Path(model).name,
+        "shape": f"{config.num_layers} layers, hidden {config.hidden_size}",
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": loaded.model.device.type,
     }
 
 

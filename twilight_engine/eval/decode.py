@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,23 +18,28 @@ class Turn:
 
     Attributes:
         inputs: tokens to feed, one a step, before its own; at least one.
-        answer: tokens of the answer, those the prefill gave already first.
         max_new_tokens: most tokens of the answer.
+        stops: told each token of the answer, whether it ends it; None: only its end of sequence.
+        answer: tokens of the answer.
         steps: steps it took part in before its answer ended.
     """
 
     inputs: Sequence[int]
-    answer: list[int]
     max_new_tokens: int
+    stops: Callable[[int], bool] | None = None
+    answer: list[int] = field(default_factory=list)
     steps: int = 0
+    stopped: bool = False
 
-    @property
-    def most_steps(self) -> int:
-        return len(self.inputs) - 1 + self.max_new_tokens - len(self.answer)
+    def push(self, token: int, step: int = 0) -> None:
+        """Add a token of the answer, which this step gave; 0 is the prefill."""
+        self.answer.append(token)
+        self.steps = step
+        self.stopped = self.stops is not None and self.stops(token)
 
     def ended(self, eos_ids: frozenset[int]) -> bool:
         full = len(self.answer) >= self.max_new_tokens
-        return full or (bool(self.answer) and self.answer[-1] in eos_ids)
+        return full or self.stopped or (bool(self.answer) and self.answer[-1] in eos_ids)
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,7 @@ def _take(turns: Sequence[Turn], tokens: list[int], step: int, eos_ids: frozense
     """Give each sequence whose own tokens have begun the one of this step."""
     for turn, token in zip(turns, tokens, strict=True):
         if step >= len(turn.inputs) and not turn.ended(eos_ids):
-            turn.answer.append(token)
-            turn.steps = step
+            turn.push(token, step)
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,38 @@ class Forced:
 
     Attributes:
         nll: -log p(target), natural log.
+        is_top: whether the target is the most probable token.
         kl: KL(dense || method) of the next-token distribution, in nats; None without dense.
         same_top: whether dense has the same most probable token; None without dense.
     """
 
     nll: Tensor
+    is_top: Tensor
     kl: Tensor | None
     same_top: Tensor | None
     timing: Timing
+
+
+def forced_steps(
+    texts: Sequence[Sequence[int]], done: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What steps feed behind the first `done` tokens of each text, and what they are to predict.
+
+    Returns: inputs and targets [T, B] int64, device: token i and token i + 1 of each text; T is at
+        least 1, and a text that ends earlier is filled up with its last token.
+    """
+    fed = [[*text[n:-1]] for text, n in zip(texts, done, strict=True)]
+    wanted = [[*text[n + 1 :]] for text, n in zip(texts, done, strict=True)]
+    longest = max(1, *map(len, fed))
+
+    def fill(rows: list[list[int]]) -> Tensor:
+        filled = [
+            [*row, *[text[-1]] * (longest - len(row))]
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        return torch.tensor(filled, device=device).T.contiguous()
+
+    return fill(fed), fill(wanted)
 
 
 @torch.inference_mode()
@@ -113,20 +141,23 @@ def predict(
         dense: [T, B, V] float32 log-probabilities of the dense method, to compare with.
         keep: the same shape, to write these predictions to.
     """
-    nll, kl, same = [], [], []
+    nll, is_top, kl, same = [], [], [], []
     start = now(inputs.device)
     for step in range(inputs.shape[0]):
         log_p = batch.step(inputs[step]).log_softmax(-1)  # [B, V]
+        top = log_p.argmax(-1)
         nll.append(-log_p.gather(1, targets[step][:, None])[:, 0])
+        is_top.append(top == targets[step])
         if keep is not None:
             keep[step].copy_(log_p)
         if dense is not None:
             d = dense[step]
             kl.append((d.exp() * (d - log_p)).sum(-1))
-            same.append(d.argmax(-1) == log_p.argmax(-1))
+            same.append(d.argmax(-1) == top)
     seconds = now(inputs.device) - start
     return Forced(
         nll=torch.stack(nll).cpu(),
+        is_top=torch.stack(is_top).cpu(),
         kl=torch.stack(kl).cpu() if kl else None,
         same_top=torch.stack(same).cpu() if same else None,
         timing=Timing(seconds, inputs.shape[0]),

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from twilight_engine.eval.caches import MethodCaches
 from twilight_engine.eval.cost import Cost, cost_of
-from twilight_engine.eval.decode import Turn, answer_greedily, predict
-from twilight_engine.eval.items import Item, Passage
+from twilight_engine.eval.decode import Forced, Turn, answer_greedily, forced_steps, predict
+from twilight_engine.eval.items import Item, Passage, Question
 from twilight_engine.eval.memory import (
     CacheShape,
     MemoryBudget,
@@ -25,8 +26,6 @@ from twilight_engine.models.load import LoadedModel
 from twilight_engine.runtime.sampling_params import SamplingParams
 from twilight_engine.runtime.text import OutputText
 
-Question = Literal["prefill", "decode"]
-QUESTIONS = ("prefill", "decode")
 Done = Callable[[float], None]
 
 
@@ -56,6 +55,7 @@ class Prediction:
 
     Attributes:
         nll: -log p(target), natural log.
+        is_top: whether the target is the method's most probable token.
         kl: KL(dense || method) of the next-token distributions, in nats; None without dense.
         same_top: whether dense has the same most probable token; None without dense.
     """
@@ -63,6 +63,7 @@ class Prediction:
     passage: Passage
     method: Method
     nll: list[float]
+    is_top: list[bool]
     kl: list[float] | None
     same_top: list[bool] | None
     cost: Cost
@@ -76,12 +77,13 @@ class EvalEngine:
     Args:
         loaded: the model.
         methods: every method that will be asked for; the dense one, if any, is run first.
-        max_len: tokens a sequence may come to have; see `room_for`.
+        max_len: tokens a sequence may come to have; see memory.room_for.
         batch: most sequences that decode together; fewer where the budget binds (`self.batch`).
         hot_bytes: device bytes of hot rows a sequence, the same for every method whose KVConfig
             leaves it open; None: the default preset's share of max_len tokens.
         budget: what all caches together may take.
-        kept_targets: predictions of a passage that are kept of the dense method, for KL.
+        kept_targets: predictions of a passage that are kept of the dense method, for KL; 0: no
+            method is compared with it.
         prefill_chunk_size: tokens of a prompt that go through a layer at once.
     Raises:
         ValueError: for a budget that holds no sequence.
@@ -102,6 +104,7 @@ class EvalEngine:
     ) -> None:
         self.loaded, self.model = loaded, loaded.model
         self.methods = sorted(methods, key=lambda method: not method.is_dense)
+        self.kept_targets = kept_targets
         dtype = self.model.dtype
         if hot_bytes is None:
             hot_bytes = default_hot_bytes(loaded.config, dtype, max_len)
@@ -151,12 +154,12 @@ class EvalEngine:
         first = self.caches.prefill(prompts, on_tokens).argmax(-1).tolist()
         eos_ids = frozenset(self.loaded.config.eos_token_ids)
         for method in methods:
-            turns = [
-                Turn(item.question_ids, [], item.max_new_tokens)
-                if sparse
-                else Turn([token], [token], item.max_new_tokens)
-                for item, sparse, token in zip(items, sparsely, first, strict=True)
-            ]
+            turns = []
+            for item, sparse, token in zip(items, sparsely, first, strict=True):
+                inputs = item.question_ids if sparse else [token]
+                turns.append(Turn(inputs, item.max_new_tokens, self._stops(item)))
+                if not sparse:
+                    turns[-1].push(token)
             steps = self.caches.start(method)
             timing = answer_greedily(steps, turns, eos_ids, self.model.device)
             cache, logged = self.caches.cache(method), self.caches.steps(method)
@@ -164,7 +167,7 @@ class EvalEngine:
                 Answer(
                     item=item,
                     method=method,
-                    text=self._text(item.prompt_ids, turn.answer, eos_ids),
+                    text=self._text(item, turn.answer, eos_ids),
                     token_ids=turn.answer,
                     cost=cost_of(log, cache, method.sparse, turn.steps),
                     step_s=timing.step_s,
@@ -183,19 +186,22 @@ class EvalEngine:
         """Teacher-force a batch of passages through each method; yields a method's predictions.
 
         Every target is predicted by a step of the method: the context's last token is its first
-        input. If the first method is dense, the others are compared with it.
+        input. Only behind a context of one token, where no method leaves anything out, the prefill
+        predicts the first. If the first method is dense, the others are compared with it.
 
         Args:
-            passages: at most `self.batch`, with equally many targets.
+            passages: at most `self.batch`; compared ones (`kept_targets`) have at most as many
+                targets.
         """
-        tokens = [[p.context_ids[-1], *p.target_ids] for p in passages]
-        forced = torch.tensor(tokens, device=self.model.device).T  # [T + 1, B]
-        inputs, targets = forced[:-1].contiguous(), forced[1:].contiguous()
-        self.caches.prefill([p.context_ids[:-1] for p in passages], on_tokens)
+        texts = [p.context_ids + p.target_ids for p in passages]
+        done = [max(1, len(p.context_ids) - 1) for p in passages]
+        inputs, targets = forced_steps(texts, done, self.model.device)
+        prompts = [text[:n] for text, n in zip(texts, done, strict=True)]
+        first = self.caches.prefill(prompts, on_tokens).log_softmax(-1)
         dense = None
         for method in methods:
             keep = None
-            if method.is_dense and len(methods) > 1:
+            if method.is_dense and len(methods) > 1 and self.kept_targets:
                 shape = (*inputs.shape, self.loaded.config.vocab_size)
                 keep = torch.empty(shape, dtype=torch.float32, device=self.model.device)
             steps = self.caches.start(method)
@@ -204,12 +210,10 @@ class EvalEngine:
             cache, logged = self.caches.cache(method), self.caches.steps(method)
             yield [
                 Prediction(
+                    **_predicted(passage, result, i, first[i]),
                     passage=passage,
                     method=method,
-                    nll=result.nll[:, i].tolist(),
-                    kl=None if result.kl is None else result.kl[:, i].tolist(),
-                    same_top=None if result.same_top is None else result.same_top[:, i].tolist(),
-                    cost=cost_of(log, cache, method.sparse, result.timing.steps),
+                    cost=cost_of(log, cache, method.sparse, len(texts[i]) - done[i] - 1),
                     step_s=result.timing.step_s,
                     batch=len(passages),
                 )
@@ -231,26 +235,41 @@ class EvalEngine:
     ) -> None:
         self.close()
 
-    def _text(self, prompt: Sequence[int], answer: Sequence[int], eos_ids: frozenset[int]) -> str:
-        text = OutputText(SamplingParams(), self.loaded.tokenizer, prompt)
-        for token in answer:
-            if token not in eos_ids:
-                text.push(token)
-        text.finish()
-        return text.text
+    def _output(self, item: Item) -> OutputText:
+        params = SamplingParams(stop=item.stop)
+        return OutputText(params, self.loaded.tokenizer, item.prompt_ids)
+
+    def _stops(self, item: Item) -> Callable[[int], bool] | None:
+        """What tells, token by token, whether one of the item's stop texts has come."""
+        tokenizer = self.loaded.tokenizer
+        if not item.stop or tokenizer is None:
+            return None
+        output = self._output(item)
+        ids = {tokenizer.token_id(text) for text in item.stop}  # special tokens have no text
+        return lambda token: token in ids or output.push(token) is not None
+
+    def _text(self, item: Item, answer: Sequence[int], eos_ids: frozenset[int]) -> str:
+        output = self._output(item)
+        if any(token not in eos_ids and output.push(token) for token in answer):
+            return output.text
+        output.finish()
+        return output.text
 
 
-def room_for(items: Sequence[Item] | Sequence[Passage]) -> int:
-    """The max_len that these need, whichever of them share a batch.
+def _predicted(passage: Passage, result: Forced, number: int, first: Tensor) -> dict[str, Any]:
+    """A passage's part of its batch's predictions.
 
-    A sequence keeps decoding until the last one of its batch has ended.
+    Args:
+        first: [V] log-probabilities after its prefill.
     """
-    longest, steps = 1, 1
-    for item in items:
-        if isinstance(item, Passage):
-            longest = max(longest, len(item.context_ids))
-            steps = max(steps, len(item.target_ids))
-        else:
-            longest = max(longest, len(item.prompt_ids))
-            steps = max(steps, len(item.question_ids) + item.max_new_tokens)
-    return longest + steps
+    count = len(passage.target_ids)
+    nll, is_top = result.nll[:, number].tolist(), result.is_top[:, number].tolist()
+    kl = None if result.kl is None else result.kl[:, number].tolist()
+    same_top = None if result.same_top is None else result.same_top[:, number].tolist()
+    if len(passage.context_ids) == 1:  # the prefill, the same for every method, comes before
+        target = passage.target_ids[0]
+        nll, is_top = [-float(first[target]), *nll], [int(first.argmax()) == target, *is_top]
+        kl = None if kl is None else [0.0, *kl]
+        same_top = None if same_top is None else [True, *same_top]
+    lists = {"nll": nll, "is_top": is_top, "kl": kl, "same_top": same_top}
+    return {name: None if x is None else x[:count] for name, x in lists.items()}

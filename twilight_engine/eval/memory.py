@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from twilight_engine.config import KVConfig
+from twilight_engine.eval.items import Item, Passage, Question
 from twilight_engine.eval.methods import Method
 from twilight_engine.kv.cache import CachedModel, KVCache
 from twilight_engine.kv.plan import MemoryPlan, ModelShape
@@ -111,3 +112,30 @@ def even_batches(count: int, most: int) -> list[range]:
     batches = -(-count // most)
     edges = [i * count // batches for i in range(batches + 1)] if batches else [0]
     return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def room_for(items: Sequence[Item] | Sequence[Passage], question: Question = "prefill") -> int:
+    """The max_len that these need, whichever of them share a batch.
+
+    A sequence keeps its place, and decodes, until the last one of its batch has ended: the longest
+    prefill and the most steps count, be they of one item or of two.
+    """
+    prefilled, steps = 1, 0
+    for item in items:
+        if isinstance(item, Passage):
+            done = max(1, len(item.context_ids) - 1)
+            prefilled = max(prefilled, done)
+            steps = max(steps, 1, tokens_of(item) - 1 - done)
+            continue
+        decoded = item.question_ids if question == "decode" else ()
+        prefilled = max(prefilled, len(item.prompt_ids) - len(decoded))
+        # The prefill gives the first token, or the question's last step does; none feeds the last.
+        steps = max(steps, len(decoded) + item.max_new_tokens - 1)
+    return prefilled + steps
+
+
+def tokens_of(item: Item | Passage) -> int:
+    """The most tokens that an item comes to, its answer or targets included."""
+    if isinstance(item, Passage):
+        return len(item.context_ids) + len(item.target_ids)
+    return len(item.prompt_ids) + item.max_new_tokens

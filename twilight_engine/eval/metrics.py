@@ -15,7 +15,7 @@ import statistics
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 Z_95 = 1.96
@@ -102,6 +102,23 @@ METRICS: dict[str, Metric] = {
 }
 
 
+NEEDS_RAPIDFUZZ = {"rouge_l", "edit_similarity"}
+
+
+def check_installed(metrics: Iterable[str]) -> None:
+    """Raise ValueError, naming what to install, if one of these metrics cannot run here."""
+    wanting = sorted(NEEDS_RAPIDFUZZ & set(metrics))
+    if not wanting:
+        return
+    try:
+        import rapidfuzz  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"rapidfuzz is not installed (for {' and '.join(wanting)}): pip install "
+            "'twilight-engine[eval]'"
+        ) from error
+
+
 def confidence_interval(scores: Sequence[float]) -> float:
     """Half-width of the 95 % interval of the mean, by normal approximation.
 
@@ -113,16 +130,6 @@ def confidence_interval(scores: Sequence[float]) -> float:
     if len(set(scores)) == 1:
         return min(1.0, 3 / len(scores))
     return Z_95 * statistics.stdev(scores) / math.sqrt(len(scores))
-
-
-def paired_interval(a: Sequence[float], b: Sequence[float]) -> float:
-    """Half-width of the 95 % interval of mean(a) - mean(b), scores of the same items in turn.
-
-    Raises: ValueError for lists that are empty or differ in length.
-    """
-    if len(a) != len(b):
-        raise ValueError(f"a has {len(a)} scores and b {len(b)}; they must be of the same items")
-    return confidence_interval([x - y for x, y in zip(a, b, strict=True)])
 
 
 def _shown(prediction: str, details: dict[str, Any]) -> str:

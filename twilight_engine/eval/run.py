@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twilight_engine.eval.engine import Answer, EvalEngine, Prediction, Question
-from twilight_engine.eval.items import Item, Passage
+from twilight_engine.eval.engine import Answer, EvalEngine, Prediction
+from twilight_engine.eval.items import Item, Passage, Question
 from twilight_engine.eval.methods import Method
 from twilight_engine.eval.metrics import METRICS
 from twilight_engine.eval.progress import EvalProgress
@@ -85,7 +85,7 @@ def _run_batch(
     progress.doing("prefill")
     results: Iterator[Sequence[Answer | Prediction]]
     if isinstance(chosen[0], Passage):
-        if any(m.is_dense for m in engine.methods) and not any(m.is_dense for m in lacking):
+        if engine.kept_targets and not any(m.is_dense for m in lacking):
             # What the others are compared with is not on disk.
             lacking = [*(m for m in engine.methods if m.is_dense), *lacking]
         passages = [p for p in chosen if isinstance(p, Passage)]
@@ -107,17 +107,19 @@ def _record(result: Answer | Prediction, length: int) -> Record:
     common = {"item": item.item_id, "method": result.method.name, "length": length}
     costs = {**dataclasses.asdict(result.cost), "step_s": result.step_s, "batch": result.batch}
     if isinstance(result, Prediction):
-        return {**common, "task": "ppl", "group": "ppl", **_prediction(result), **costs}
+        return {**common, "task": "ppl", "group": item.group, **_prediction(result), **costs}
     return {**common, **_answer(result), **costs}
 
 
 def _answer(answer: Answer) -> dict[str, Any]:
     item = answer.item
-    score = METRICS[item.metric](answer.text, item.answers, **item.details)
+    score = None
+    if item.metric is not None:
+        score = float(METRICS[item.metric](answer.text, item.answers, **item.details))
     return {
         "task": item.task,
         "group": item.group,
-        "score": float(score),
+        "score": score,
         "text": answer.text,
         "answers": list(item.answers),
         "details": dict(item.details),
@@ -131,6 +133,7 @@ def _prediction(prediction: Prediction) -> dict[str, Any]:
     return {
         "targets": len(prediction.nll),
         "nll": statistics.fmean(prediction.nll),
+        "all_top": all(prediction.is_top),
         "kl": None if kl is None else statistics.fmean(kl),
         "same_top": None if same is None else statistics.fmean(same),
         "prompt_tokens": len(prediction.passage.context_ids),

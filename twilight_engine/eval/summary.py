@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from twilight_engine.eval.metrics import Z_95, confidence_interval, paired_interval
+from twilight_engine.eval.metrics import Z_95, confidence_interval
 from twilight_engine.eval.records import Record
 
 DENSE = "dense"
@@ -42,7 +42,7 @@ class Line:
     Attributes:
         items: how many.
         groups: mean score of each group, in [0, 1].
-        score: mean over all items; None for passages.
+        score: mean over all groups; None for passages.
         score_change: score minus dense's on the same items; None without dense.
         ppl: exp of the mean -log p; None for items with answers, like all that follow.
         ppl_ratio: ppl / dense's on the same passages.
@@ -89,7 +89,7 @@ def _line(length: int, method: str, mine: list[Record], dense: dict[str, Record]
         length=length,
         method=method,
         items=len(mine),
-        costs={name: _mean_cost(mine, name) for name in COSTS},
+        costs={name: mean_cost(mine, name) for name in COSTS},
         step_s=statistics.fmean(record["step_s"] for record in mine),
         batch=statistics.fmean(record["batch"] for record in mine),
     )
@@ -101,12 +101,32 @@ def _line(length: int, method: str, mine: list[Record], dense: dict[str, Record]
         return line
     for group in dict.fromkeys(record["group"] for record in mine):
         line.groups[group] = _score([r["score"] for r in mine if r["group"] == group])
-    line.score = _score([record["score"] for record in mine])
+    line.score = _inside(_mean_of_groups(_by_group(mine, [record["score"] for record in mine])))
     if pairs:
-        own, others = ([record["score"] for record in side] for side in zip(*pairs, strict=True))
-        change = [a - b for a, b in zip(own, others, strict=True)]
-        line.score_change = Estimate.around(change, paired_interval(own, others))
+        changes = [own["score"] - other["score"] for own, other in pairs]
+        line.score_change = _mean_of_groups(_by_group([own for own, _ in pairs], changes))
     return line
+
+
+def _by_group(records: Sequence[Record], values: Sequence[float]) -> list[list[float]]:
+    groups: dict[str, list[float]] = {}
+    for record, value in zip(records, values, strict=True):
+        groups.setdefault(record["group"], []).append(value)
+    return list(groups.values())
+
+
+def _mean_of_groups(groups: Sequence[Sequence[float]]) -> Estimate:
+    """The mean over groups, each of which counts alike however many items it has.
+
+    Groups of one size are pooled, which gives the same mean and a closer interval; of others, the
+    interval is that of the mean of independent means.
+    """
+    if len({len(group) for group in groups}) == 1:
+        values = [value for group in groups for value in group]
+        return Estimate.around(values, confidence_interval(values))
+    mean = statistics.fmean(statistics.fmean(group) for group in groups)
+    half = math.hypot(*(confidence_interval(group) for group in groups)) / len(groups)
+    return Estimate(mean, mean - half, mean + half, sum(map(len, groups)))
 
 
 def _add_prediction(line: Line, mine: list[Record], pairs: list[tuple[Record, Record]]) -> None:
@@ -124,8 +144,11 @@ def _add_prediction(line: Line, mine: list[Record], pairs: list[tuple[Record, Re
 
 
 def _score(scores: list[float]) -> Estimate:
-    """In [0, 1], its interval too."""
-    found = Estimate.around(scores, confidence_interval(scores))
+    return _inside(Estimate.around(scores, confidence_interval(scores)))
+
+
+def _inside(found: Estimate) -> Estimate:
+    """With the interval in [0, 1], as scores are."""
     low, high = max(0.0, found.low or 0.0), min(1.0, found.high or 0.0)
     return Estimate(found.value, low, high, found.count)
 
@@ -137,7 +160,7 @@ def _half_width(values: list[float]) -> float | None:
     return Z_95 * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def _mean_cost(records: list[Record], name: str) -> float | None:
+def mean_cost(records: Sequence[Record], name: str) -> float | None:
     """Over all steps of the records; None where a record does not know."""
     known = [r for r in records if r[name] is not None and r["steps"]]
     if not known or len(known) < sum(1 for r in records if r["steps"]):

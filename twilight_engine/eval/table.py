@@ -10,6 +10,7 @@ from twilight_engine.eval.summary import Estimate, Line
 
 Cell = Callable[[Line], str]
 MEBI = 1 << 20
+MOST_GROUPS = 8  # in columns; more have a table of their own
 
 
 def results_table(lines: Sequence[Line], title: str) -> Table:
@@ -33,12 +34,36 @@ def results_table(lines: Sequence[Line], title: str) -> Table:
     return table
 
 
+def groups_table(lines: Sequence[Line]) -> Table | None:
+    """Scores of groups that are too many for `results_table`: a row each, a column a method."""
+    groups = _groups(lines)
+    if len(groups) <= MOST_GROUPS:
+        return None
+    methods = list(dict.fromkeys(line.method for line in lines))
+    table = Table()
+    for name in ("tokens", "group", "items", *methods):
+        table.add_column(name, justify="left" if name in ("tokens", "group") else "right")
+    for length in dict.fromkeys(line.length for line in lines):
+        here = {line.method: line for line in lines if line.length == length}
+        for group in groups:
+            found = {m: line.groups[group] for m, line in here.items() if group in line.groups}
+            cells = [_percent(found[m].value) if m in found else "" for m in methods]
+            items = _span(estimate.count for estimate in found.values())
+            table.add_row(f"{length:,}", group, items, *cells)
+        table.add_section()
+    return table
+
+
+def _groups(lines: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(group for line in lines for group in line.groups))
+
+
 def _columns(lines: Sequence[Line]) -> dict[str, Cell]:
     columns: dict[str, Cell] = {
         "tokens": lambda line: f"{line.length:,}",
         "method": lambda line: line.method,
     }
-    groups = list(dict.fromkeys(group for line in lines for group in line.groups))
+    groups = _groups(lines)
     if any(line.ppl is not None for line in lines):
         columns |= {
             "ppl": lambda line: "" if line.ppl is None else f"{line.ppl:.3f}",
@@ -47,7 +72,7 @@ def _columns(lines: Sequence[Line]) -> dict[str, Cell]:
             "same top": lambda line: "" if line.same_top is None else f"{line.same_top:.1%}",
         }
     elif groups:
-        if len(groups) > 1:
+        if 1 < len(groups) <= MOST_GROUPS:
             columns |= {group: _group(group) for group in groups}
         columns |= {
             "average": lambda line: _with_interval(line.score, _percent),
