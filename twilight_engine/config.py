@@ -23,6 +23,7 @@ Policy = Literal["graded", "dense"]
 SELECTORS = ("all", "quest", "streaming")
 EVERY_CANDIDATE = 1 << 30  # as attn_top_k: whatever a selector keeps is exact
 QUEST_BLOCK = 16  # tokens a bound covers where K codes are per token (Quest's page)
+SUM_SLACK = 1e-3  # what shares written with four decimals may miss 1 by
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -30,8 +31,12 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def _share(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+    if not _is_share(value) or value == 0:
         raise ValueError(f"{name} is {value!r}; it must lie in (0, 1]")
 
 
@@ -48,6 +53,9 @@ class KVConfig:
         num_recent: at least this many last tokens are exact and on the device; >= page_size.
         host_bytes: byte budget of the host arena; None: what max_model_len * max_num_seqs needs.
         hot_bytes: byte budget of the hot rows over all layers; None: a share of the context.
+        hot_kv_share: the same as a share of all KV bytes, in place of hot_bytes.
+        hot_shares: each layer's share of the hot rows, one a layer of the model, 0 for a dense one;
+            None: the same for all graded layers.
     """
 
     page_size: int = 64
@@ -58,6 +66,8 @@ class KVConfig:
     num_recent: int = 128
     host_bytes: int | None = None
     hot_bytes: int | None = None
+    hot_kv_share: float | None = None
+    hot_shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.page_size, int) or self.page_size < 1:
@@ -82,6 +92,24 @@ class KVConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; it must be >= 0, or None for the default")
+        self._check_hot_shares()
+
+    def _check_hot_shares(self) -> None:
+        share, shares = self.hot_kv_share, self.hot_shares
+        if share is not None and not _is_share(share):
+            raise ValueError(f"hot_kv_share is {share!r}; it must lie in [0, 1], or be None")
+        if share is not None and self.hot_bytes is not None:
+            raise ValueError(
+                f"hot_bytes is {self.hot_bytes} and hot_kv_share {share}; give one of them"
+            )
+        if shares is None:
+            return
+        shares = tuple(shares)
+        if not all(map(_is_share, shares)) or abs(sum(shares) - 1) > SUM_SLACK:
+            raise ValueError(
+                f"hot_shares is {shares!r}; it must be shares >= 0, one a layer, that add up to 1"
+            )
+        object.__setattr__(self, "hot_shares", shares)
 
     @property
     def window_rows(self) -> int:
