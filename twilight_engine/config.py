@@ -23,7 +23,7 @@ Policy = Literal["graded", "dense"]
 SELECTORS = ("all", "quest", "streaming")
 EVERY_CANDIDATE = 1 << 30  # as attn_top_k: whatever a selector keeps is exact
 QUEST_BLOCK = 16  # tokens a bound covers where K codes are per token (Quest's page)
-SUM_SLACK = 1e-3  # what shares written with four decimals may miss 1 by
+SUM_SLACK = 1e-3  # what shares written with six decimals may miss 1 by
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
