@@ -68,7 +68,7 @@ class Calibration:
     index_top_p: float | None
     dense_layers: tuple[int, ...]
     hot_kv_share: float
-    hot_shares: tuple[float, ...]
+    hot_shares: tuple[float, ...] | None
     by_layer: Mapping[int, tuple[float, float | None]] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
     sweep: tuple[Mapping[str, Any], ...] = ()
@@ -114,7 +114,7 @@ class Calibration:
             "by_layer": {str(i): {"attn_top_p": p, "index_top_p": q} for i, (p, q) in layers},
             "dense_layers": list(self.dense_layers),
             "hot_kv_share": round(self.hot_kv_share, SHARE_DECIMALS),
-            "hot_shares": [round(share, SHARE_DECIMALS) for share in self.hot_shares],
+            "hot_shares": self.hot_shares and [round(x, SHARE_DECIMALS) for x in self.hot_shares],
             "measured": dict(self.measured),
             "sweep": list(self.sweep),
         }
@@ -158,6 +158,11 @@ def _parse(raw: Mapping[str, Any]) -> Calibration:
     fingerprint = _parse_fingerprint(_object(raw, "model"))
     num_layers = fingerprint.num_layers
     dense = [_layer("dense_layers", i, num_layers) for i in _list(raw, "dense_layers")]
+    shares = None
+    if raw["hot_shares"] is not None:
+        shares = tuple(_number("hot_shares", share) for share in _list(raw, "hot_shares"))
+        if len(shares) != num_layers:
+            raise ValueError(f"hot_shares has {len(shares)} entries for {num_layers} layers")
     made = Calibration(
         fingerprint=fingerprint,
         preset=raw["preset"],
@@ -166,12 +171,10 @@ def _parse(raw: Mapping[str, Any]) -> Calibration:
         by_layer=_parse_layers(_object(raw, "by_layer"), num_layers),
         dense_layers=tuple(dense),
         hot_kv_share=_number("hot_kv_share", raw["hot_kv_share"]),
-        hot_shares=tuple(_number("hot_shares", share) for share in _list(raw, "hot_shares")),
+        hot_shares=shares,
         measured=_object(raw, "measured"),
         sweep=tuple(_list(raw, "sweep")),
     )
-    if len(made.hot_shares) != num_layers:
-        raise ValueError(f"hot_shares has {len(made.hot_shares)} entries for {num_layers} layers")
     made.kv_config()  # they check the ranges
     made.sparse_config()
     return made
