@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 PRESETS = ("balanced", "lean", "paper")
+DEFAULT_PRESET = "balanced"
 
 KIndex = Literal["int4_channel", "int4_token"]
 VIndex = Literal["none", "int4"]

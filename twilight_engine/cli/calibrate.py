@@ -61,9 +61,7 @@ def calibrate(
             show_default="the model's",
         ),
     ] = None,
-    preset: Annotated[
-        str, typer.Option(rich_help_panel=options.ATTENTION, help="What to start from.")
-    ] = "balanced",
+    preset: options.Preset = "balanced",
     attn_top_p: Annotated[
         str | None,
         typer.Option(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from twilight_engine.config import KVConfig, SparseConfig
+from twilight_engine.config import DEFAULT_PRESET, KVConfig, SparseConfig
 from twilight_engine.loaders.calibration_file import Calibration
 from twilight_engine.loaders.config import ModelConfig
 from twilight_engine.loaders.tokenizer import Tokenizer
@@ -18,7 +18,6 @@ from twilight_engine.ops.launch import has_kernels
 from twilight_engine.runtime.sampling_params import SamplingParams
 
 GIB = 1 << 30
-DEFAULT_PRESET = "balanced"
 
 
 def check_at_least_one(**values: int | None) -> None:
