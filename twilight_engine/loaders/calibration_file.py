@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,11 +158,6 @@ def _parse(raw: Mapping[str, Any]) -> Calibration:
     fingerprint = _parse_fingerprint(_object(raw, "model"))
     num_layers = fingerprint.num_layers
     dense = [_layer("dense_layers", i, num_layers) for i in _list(raw, "dense_layers")]
-    shares = None
-    if raw["hot_shares"] is not None:
-        shares = tuple(_number("hot_shares", share) for share in _list(raw, "hot_shares"))
-        if len(shares) != num_layers:
-            raise ValueError(f"hot_shares has {len(shares)} entries for {num_layers} layers")
     made = Calibration(
         fingerprint=fingerprint,
         preset=raw["preset"],
@@ -171,7 +166,7 @@ def _parse(raw: Mapping[str, Any]) -> Calibration:
         by_layer=_parse_layers(_object(raw, "by_layer"), num_layers),
         dense_layers=tuple(dense),
         hot_kv_share=_number("hot_kv_share", raw["hot_kv_share"]),
-        hot_shares=shares,
+        hot_shares=_parse_shares(raw, num_layers, dense),
         measured=_object(raw, "measured"),
         sweep=tuple(_list(raw, "sweep")),
     )
@@ -186,6 +181,20 @@ def _parse_fingerprint(raw: Mapping[str, Any]) -> Fingerprint:
     if wrong:
         raise ValueError(f"its model lacks {', '.join(wrong)}, or has them in another type")
     return Fingerprint(**{name: raw[name] for name in types})
+
+
+def _parse_shares(
+    raw: Mapping[str, Any], num_layers: int, dense: Sequence[int]
+) -> tuple[float, ...] | None:
+    if raw["hot_shares"] is None:
+        return None
+    shares = tuple(_number("hot_shares", share) for share in _list(raw, "hot_shares"))
+    if len(shares) != num_layers:
+        raise ValueError(f"hot_shares has {len(shares)} entries for {num_layers} layers")
+    wasted = [layer for layer in dense if shares[layer]]
+    if wasted:
+        raise ValueError(f"hot_shares gives hot rows to layers {wasted}, which are dense")
+    return shares
 
 
 def _parse_layers(raw: Mapping[str, Any], num_layers: int) -> dict[int, tuple[float, float | None]]:
