@@ -212,7 +212,7 @@ class Search:
             best = self.best()
             if best is None:
                 return
-            order = self._cheapest(best.setting)
+            order = self._cheapest(best)
             low, high = 0, len(order)
             while low < high:
                 middle = (low + high + 1) // 2
@@ -221,17 +221,19 @@ class Search:
             if low == 0:
                 return
 
-    def _cheapest(self, setting: Setting) -> list[int]:
+    def _cheapest(self, candidate: Candidate) -> list[int]:
         """Layers whose attn_top_p can be lowered, least KL a row saved first."""
+        setting = candidate.setting
         before = self.sample.measure(setting, passages=1)
+        parts = self._parts(candidate, before.layers)
         costs = {}
         for i, layer in enumerate(before.layers):
             lowered = _lowered(setting, [layer])
             if lowered == setting:
                 continue
             after = self.sample.measure(lowered, passages=1)
-            part = np.array([self._room(setting) / len(before.layers)])
-            saved = fetched_rows(before.curves[[i]], part) - fetched_rows(after.curves[[i]], part)
+            rows = [fetched_rows(found.curves[[i]], parts[[i]]) for found in (before, after)]
+            saved = rows[0] - rows[1]
             if saved > 0:
                 costs[layer] = (after.kl.value - before.kl.value) / saved
         return sorted(costs, key=lambda layer: costs[layer])
@@ -247,10 +249,15 @@ class Search:
 
     def _on_held_out(self, candidate: Candidate) -> Candidate:
         found = self.held_out.measure(candidate.setting)
-        shares = np.array(candidate.hot_shares or [0.0] * self.num_layers)
-        parts = shares[list(found.layers)] * candidate.hot_kv_share * self.num_layers
+        parts = self._parts(candidate, found.layers)
         within = self.tolerance.holds_in(found)
         return self._candidate("held out", candidate.setting, found, parts, within)
+
+    def _parts(self, candidate: Candidate, layers: tuple[int, ...]) -> Array:
+        """The candidate's hot rows in these layers, as shares of a layer's rows."""
+        shares = np.array(candidate.hot_shares or [0.0] * self.num_layers)
+        parts: Array = shares[list(layers)] * candidate.hot_kv_share * self.num_layers
+        return parts
 
     def _preset(self, setting: Setting) -> Checked | None:
         if self.budget.hot_kv_share(setting.dense_layers) is None:
