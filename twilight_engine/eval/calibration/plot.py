@@ -38,7 +38,8 @@ def plot_sweep(result: Result, tolerance: Tolerance, title: str, path: Path) -> 
             _draw(upper, lower, candidate, mark, colour, filled=candidate.within)
         if result.chosen is not None:
             _draw(upper, lower, result.chosen.held_out, "D", COLOURS[1], filled=True)
-            _name(upper, result.chosen.candidate)
+            _draw(upper, lower, result.chosen.candidate, "o", COLOURS[1], filled=False, size=13)
+            title += f"\nchosen (ringed): {setting_name(result.chosen.candidate)}"
         upper.axhline(tolerance.kl, color="black", lw=1, ls="--")
         lower.axhline(100 * tolerance.ppl, color="black", lw=1, ls="--")
         lower.axhline(0, color="#9aa5b1", lw=1)
@@ -59,27 +60,28 @@ def _drawn(result: Result) -> Sequence[Candidate]:
 
 
 def _draw(
-    upper: Any, lower: Any, candidate: Candidate, mark: str, colour: str, *, filled: bool
+    upper: Any,
+    lower: Any,
+    candidate: Candidate,
+    mark: str,
+    colour: str,
+    *,
+    filled: bool,
+    size: int = 6,
 ) -> None:
     place = max(candidate.link_bytes / 1e6, LEAST_MB)
     ratio = candidate.ppl_ratio
     look = {
         "marker": mark,
-        "markersize": 11 if mark == "*" else 6,
+        "markersize": 11 if mark == "*" else size,
         "color": colour,
-        "markerfacecolor": colour if filled else "white",
+        "markerfacecolor": colour if filled else "none",
         "ls": "none",
     }
     assert ratio.low is not None and ratio.high is not None
     upper.plot(place, candidate.kl.value, **look)
     lower.plot([place, place], [100 * (x - 1) for x in (ratio.low, ratio.high)], color=colour, lw=1)
     lower.plot(place, 100 * (ratio.value - 1), **look)
-
-
-def _name(axes: Any, candidate: Candidate) -> None:
-    place = (max(candidate.link_bytes / 1e6, LEAST_MB), candidate.kl.value)
-    near = {"xytext": (8, -12), "textcoords": "offset points", "fontsize": 9, "fontweight": "bold"}
-    axes.annotate(f"chosen: {setting_name(candidate)}", place, **near)
 
 
 def _legend(pyplot: Any, figure: Any, result: Result) -> None:
@@ -89,7 +91,7 @@ def _legend(pyplot: Any, figure: Any, result: Result) -> None:
         line([], [], ls="none", marker=MARKS[stage], color=COLOURS[0], label=stage)
         for stage in stages
     ]
-    empty = {"color": COLOURS[0], "markerfacecolor": "white"}
+    empty = {"color": COLOURS[0], "markerfacecolor": "none"}
     handles.append(line([], [], ls="none", marker="o", label="not shown to be within", **empty))
     if result.chosen is not None:
         handles.append(
