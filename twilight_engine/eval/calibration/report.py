@@ -89,8 +89,8 @@ def sweep_table(result: Result, title: str) -> Table:
     """Every setting in the order tried, then the held-out half; bold: chosen."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("stage")
-    table.add_column("attn / index, dense layers")
-    for name in ("KL", "ppl / dense", "exact", "index", "hot rows", "link a step", "within"):
+    table.add_column("attn / index, dense layers", no_wrap=True)
+    for name in ("KL", "ppl - dense", "exact", "index", "hot", "link", "within"):
         table.add_column(name, justify="right")
     chosen = result.chosen.candidate if result.chosen is not None else None
     for before, candidate in _with_previous(result):
@@ -105,8 +105,8 @@ def sweep_table(result: Result, title: str) -> Table:
         table.add_row(stage, *_cells(checked.held_out), style="bold" if bold else "")
     table.caption = (
         "95 % intervals over targets, paired for perplexity; within: both upper ends stay within "
-        "the tolerances (held out: both means); rows of a KV head and graded layer; hot rows of "
-        "all KV; link: one sequence, 16-bit rows"
+        "the tolerances (held out: both means); exact and index rows of a KV head and graded "
+        "layer; hot rows of all KV; link: a step of one sequence, 16-bit rows"
     )
     return table
 
@@ -126,8 +126,8 @@ def _held_out(result: Result) -> list[Checked]:
 def _cells(candidate: Candidate) -> list[str]:
     return [
         setting_name(candidate),
-        _interval(candidate.kl, "{:.1e}"),
-        _interval(candidate.ppl_ratio, "{:.4f}"),
+        f"{candidate.kl.value:.1e} ±{_half(candidate.kl):.0e}",
+        f"{candidate.ppl_ratio.value - 1:+.2%} ±{_half(candidate.ppl_ratio):.2%}",
         f"{candidate.exact_rows:,.0f}",
         f"{candidate.index_rows:,.0f}",
         f"{candidate.hot_kv_share:.1%}",
@@ -136,6 +136,7 @@ def _cells(candidate: Candidate) -> list[str]:
     ]
 
 
-def _interval(estimate: Estimate, form: str) -> str:
-    ends = form.format(estimate.low), form.format(estimate.high)
-    return f"{form.format(estimate.value)} [{ends[0]}, {ends[1]}]"
+def _half(estimate: Estimate) -> float:
+    """Half the width of the interval."""
+    assert estimate.low is not None and estimate.high is not None
+    return (estimate.high - estimate.low) / 2
