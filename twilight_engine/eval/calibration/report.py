@@ -90,7 +90,7 @@ def sweep_table(result: Result, title: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("stage")
     table.add_column("attn / index, dense layers", no_wrap=True)
-    for name in ("KL", "ppl - dense", "exact", "index", "hot", "link", "within"):
+    for name in ("KL", "ppl above dense", "exact", "index", "hot", "link", "within"):
         table.add_column(name, justify="right")
     chosen = result.chosen.candidate if result.chosen is not None else None
     for before, candidate in _with_previous(result):
