@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 PRESETS = ("balanced", "lean", "paper")
+DEFAULT_PRESET = "balanced"
 
 KIndex = Literal["int4_channel", "int4_token"]
 VIndex = Literal["none", "int4"]
@@ -25,6 +26,7 @@ EVERY_CANDIDATE = 1 << 30  # as attn_top_k: whatever a selector keeps is exact
 QUEST_BLOCK = 16  # tokens a bound covers where K codes are per token (Quest's page)
 MAX_LSH_BITS = 16  # of one signature, which is stored as 16 bits
 LSH_TABLES = (2, 512)  # a candidate agrees in two tables, so fewer than two find nothing
+SUM_SLACK = 1e-3  # what shares written with six decimals may miss 1 by
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -32,8 +34,12 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def _share(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+    if not _is_share(value) or value == 0:
         raise ValueError(f"{name} is {value!r}; it must lie in (0, 1]")
 
 
@@ -67,6 +73,9 @@ class KVConfig:
         lsh: (bits a table, tables) of the signatures that the device keeps of every K row, for the
             selector `lsh`: 2 bytes a table, token and KV head; MagicPIG's settings are (10, 150)
             and (8, 75). None: no signatures.
+        hot_kv_share: the same as a share of all KV bytes, in place of hot_bytes.
+        hot_shares: each layer's share of the hot rows, one a layer of the model, 0 for a dense one;
+            None: the same for all graded layers.
     """
 
     page_size: int = 64
@@ -78,6 +87,8 @@ class KVConfig:
     host_bytes: int | None = None
     hot_bytes: int | None = None
     lsh: tuple[int, int] | None = None
+    hot_kv_share: float | None = None
+    hot_shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.page_size, int) or self.page_size < 1:
@@ -104,6 +115,24 @@ class KVConfig:
                 raise ValueError(f"{name} is {value}; it must be >= 0, or None for the default")
         if self.lsh is not None:
             object.__setattr__(self, "lsh", _lsh_shape(self.lsh))
+        self._check_hot_shares()
+
+    def _check_hot_shares(self) -> None:
+        share, shares = self.hot_kv_share, self.hot_shares
+        if share is not None and not _is_share(share):
+            raise ValueError(f"hot_kv_share is {share!r}; it must lie in [0, 1], or be None")
+        if share is not None and self.hot_bytes is not None:
+            raise ValueError(
+                f"hot_bytes is {self.hot_bytes} and hot_kv_share {share}; give one of them"
+            )
+        if shares is None:
+            return
+        shares = tuple(shares)
+        if not all(map(_is_share, shares)) or abs(sum(shares) - 1) > SUM_SLACK:
+            raise ValueError(
+                f"hot_shares is {shares!r}; it must be shares >= 0, one a layer, that add up to 1"
+            )
+        object.__setattr__(self, "hot_shares", shares)
 
     @property
     def window_rows(self) -> int:

@@ -199,10 +199,10 @@ def test_hot_rows_are_the_same_bytes_for_every_method():
         slots = {made.caches.cache(method).plan.hot_slots for method in METHODS[1:]}
         assert len(slots) == 1
         expected = default_hot_bytes(made.loaded.config, torch.float32, 200)
-        assert slots == {3 * expected // (2 * 512)}  # one layer is dense in both
+        assert slots == {(0, *[3 * expected // (2 * 512)] * 2)}  # one layer is dense in both
     with engine(hot_bytes=1 << 17) as made:
         (slots,) = {made.caches.cache(method).plan.hot_slots for method in METHODS[1:]}
-        assert slots == 3 * (1 << 17) // 2 // 512
+        assert slots == (0, *[3 * (1 << 17) // 2 // 512] * 2)
 
 
 def test_a_batch_is_what_the_budget_holds():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from twilight_engine.cli import options
-from twilight_engine.cli.configs import kv_config, sparse_config
+from twilight_engine.cli.configs import calibration_choice, engine_configs
 
 if TYPE_CHECKING:
     from twilight_engine.runtime.llm import LLM
@@ -32,16 +33,17 @@ def chat(
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     seed: options.Seed = 0,
-    preset: options.Preset = "balanced",
-    policy: options.Policy = "graded",
+    preset: options.OpenPreset = None,
+    calibration: options.Calibration = "auto",
+    policy: options.Policy = None,
     attn_top_p: options.AttnTopP = None,
     attn_top_k: options.AttnTopK = None,
     index_top_p: options.IndexTopP = None,
     selector: options.Selector = None,
-    fetch: options.Fetch = "row",
+    fetch: options.Fetch = None,
     max_model_len: options.MaxModelLen = None,
-    page_size: options.PageSize = 64,
-    dense_layers: options.DenseLayers = "0,1",
+    page_size: options.PageSize = None,
+    dense_layers: options.DenseLayers = None,
     kv_offloading_size: options.KVOffloadingSize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -51,7 +53,7 @@ def chat(
     A line is a message; [b]/quit[/b] or Ctrl-D leaves, Ctrl-C stops an answer. Every turn reads the
     conversation from its beginning.
     """
-    sparse = sparse_config(
+    kv, sparse = engine_configs(
         preset,
         policy=policy,
         attn_top_p=attn_top_p,
@@ -59,9 +61,11 @@ def chat(
         index_top_p=index_top_p,
         selector=selector,
         fetch=fetch,
+        page_size=page_size,
+        dense_layers=dense_layers,
     )
-    kv = kv_config(preset, page_size=page_size, dense_layers=dense_layers, selector=selector)
     opening = "" if document is None else read_document(document)
+    from twilight_engine.cli.summary import calibration_line
     from twilight_engine.runtime.llm import LLM
     from twilight_engine.runtime.sampling_params import SamplingParams
 
@@ -76,8 +80,12 @@ def chat(
         max_num_seqs=1,
         kv_config=kv,
         sparse_config=sparse,
+        preset=preset,
+        calibration=calibration_choice(calibration),
         kv_offloading_size=kv_offloading_size,
     ) as llm:
+        if llm.calibration is not None:
+            print(calibration_line(llm.calibration), file=sys.stderr)
         converse(llm, sampling, opening)
 
 

@@ -5,59 +5,76 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from twilight_engine.config import KVConfig, SparseConfig
+from twilight_engine.config import DEFAULT_PRESET, KVConfig, SparseConfig
 
 LSH = (10, 150)  # MagicPIG's first setting
 
 
+def engine_configs(
+    preset: str | None,
+    *,
+    policy: str | None,
+    attn_top_p: float | None,
+    attn_top_k: int | None,
+    index_top_p: str | None,
+    selector: str | None,
+    fetch: str | None,
+    page_size: int | None,
+    dense_layers: str | None,
+    audit_every: int | None = None,
+) -> tuple[KVConfig, SparseConfig] | tuple[None, None]:
+    """Both configs, if an option says something about either; else the LLM's own choice: None.
+
+    audit_every is only checked: it goes with each call, whatever the configs.
+
+    Raises: ValueError as the configs do; for attn_top_p and attn_top_k together.
+    """
+    SparseConfig(audit_every=audit_every)
+    attention = (policy, attn_top_p, attn_top_k, index_top_p, selector, fetch)
+    if all(option is None for option in (*attention, page_size, dense_layers)):
+        return None, None
+    if attn_top_p is not None and attn_top_k is not None:
+        raise ValueError("--attn-top-p and --attn-top-k are two ways to budget; give one of them")
+    named: dict[str, Any] = {
+        "policy": policy,
+        "fetch": fetch,
+        "attn_top_k": attn_top_k,
+        "attn_top_p": attn_top_p,
+        "selector": selector,
+    }
+    changes = {name: value for name, value in named.items() if value is not None}
+    if index_top_p is not None:
+        changes["index_top_p"] = parse_mass("--index-top-p", index_top_p)
+    sparse = SparseConfig.preset(DEFAULT_PRESET if preset is None else preset, **changes)
+    kv = kv_config(preset, page_size=page_size, dense_layers=dense_layers, selector=selector)
+    return kv, sparse
+
+
 def kv_config(
-    preset: str, *, page_size: int, dense_layers: str, selector: str | None = None
+    preset: str | None,
+    *,
+    page_size: int | None,
+    dense_layers: str | None,
+    selector: str | None = None,
 ) -> KVConfig:
     """The cache config of these options; the recent window grows with the page.
 
     The selector `lsh` gets the signatures it needs.
     """
-    recent = max(KVConfig.num_recent, page_size)
-    layers = parse_layers(dense_layers)
-    return KVConfig.preset(
-        preset,
-        page_size=page_size,
-        num_recent=recent,
-        dense_layers=layers,
-        lsh=LSH if selector == "lsh" else None,
-    )
+    changes: dict[str, Any] = {}
+    if page_size is not None:
+        recent = max(KVConfig.num_recent, page_size)
+        changes |= {"page_size": page_size, "num_recent": recent}
+    if dense_layers is not None:
+        changes["dense_layers"] = parse_layers(dense_layers)
+    if selector == "lsh":
+        changes["lsh"] = LSH
+    return KVConfig.preset(DEFAULT_PRESET if preset is None else preset, **changes)
 
 
-def sparse_config(
-    preset: str,
-    *,
-    policy: str,
-    attn_top_p: float | None,
-    attn_top_k: int | None,
-    index_top_p: str | None,
-    selector: str | None,
-    fetch: str,
-    audit_every: int | None = None,
-) -> SparseConfig:
-    """The attention config of these options; what is None stays the preset's.
-
-    Raises: ValueError as the config does; for attn_top_p and attn_top_k together.
-    """
-    if attn_top_p is not None and attn_top_k is not None:
-        raise ValueError("--attn-top-p and --attn-top-k are two ways to budget; give one of them")
-    changes: dict[str, Any] = {
-        "policy": policy,
-        "fetch": fetch,
-        "attn_top_k": attn_top_k,
-        "audit_every": audit_every,
-    }
-    if attn_top_p is not None:
-        changes["attn_top_p"] = attn_top_p
-    if index_top_p is not None:
-        changes["index_top_p"] = parse_mass("--index-top-p", index_top_p)
-    if selector is not None:
-        changes["selector"] = selector
-    return SparseConfig.preset(preset, **changes)
+def calibration_choice(option: str) -> str | None:
+    """--calibration as LLM has it: 'none' is None."""
+    return None if option == "none" else option
 
 
 def parse_layers(text: str) -> tuple[int, ...] | Literal["all"]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from twilight_engine.cli import options
-from twilight_engine.cli.configs import kv_config
+from twilight_engine.cli.configs import calibration_choice, kv_config
 from twilight_engine.cli.units import format_bytes
 
 if TYPE_CHECKING:
@@ -48,9 +48,10 @@ def doctor(
         typer.Option(help="Tokens of a sequence to plan for.", show_default="the model's"),
     ] = None,
     num_seqs: Annotated[int, typer.Option(help="Sequences to plan for.")] = 1,
-    preset: options.Preset = "balanced",
-    page_size: options.PageSize = 64,
-    dense_layers: options.DenseLayers = "0,1",
+    preset: options.OpenPreset = None,
+    calibration: options.Calibration = "auto",
+    page_size: options.PageSize = None,
+    dense_layers: options.DenseLayers = None,
     dtype: options.Dtype = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -60,11 +61,19 @@ def doctor(
 
     [b]twilight doctor[/b] --model model/ --context 131072
     """
+    given = page_size is not None or dense_layers is not None
     kv = kv_config(preset, page_size=page_size, dense_layers=dense_layers)
     from twilight_engine.cli.link import measure_link
     from twilight_engine.cli.machine import gpu_facts, package_facts, pinning_facts, system_facts
+    from twilight_engine.cli.summary import calibration_line
+    from twilight_engine.runtime.calibration import pick_calibration
 
-    fit = None if model is None else plan(model, kv, context, num_seqs, dtype)
+    fit = found = None
+    if model is not None:
+        choice = calibration_choice(calibration)
+        found = pick_calibration(model, choice, preset=preset, configs_given=given)
+        kv = kv if found is None else found.kv_config()
+        fit = plan(model, kv, context, num_seqs, dtype)
     sections = {
         "Machine": system_facts(),
         "GPU": gpu_facts(),
@@ -73,7 +82,8 @@ def doctor(
     }
     speed = measure_link()
     if as_json:
-        print(json.dumps(doctor_json(sections, speed, fit)))
+        path = None if found is None else str(found.path)
+        print(json.dumps({**doctor_json(sections, speed, fit), "calibration": path}))
     else:
         from rich.console import Console
 
@@ -81,6 +91,8 @@ def doctor(
         print_sections(console, sections, speed)
         if fit is not None:
             print_fit(console, fit, speed)
+        if found is not None:
+            console.print(calibration_line(found), style="dim", soft_wrap=True)
     if fit is not None and not fit.fits:
         raise typer.Exit(1)
 

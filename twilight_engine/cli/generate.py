@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from twilight_engine.cli import options
-from twilight_engine.cli.configs import kv_config, sparse_config
+from twilight_engine.cli.configs import calibration_choice, engine_configs
 
 if TYPE_CHECKING:
     from twilight_engine.runtime.llm import LLM
@@ -44,17 +44,18 @@ def generate(
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     seed: options.Seed = 0,
-    preset: options.Preset = "balanced",
-    policy: options.Policy = "graded",
+    preset: options.OpenPreset = None,
+    calibration: options.Calibration = "auto",
+    policy: options.Policy = None,
     attn_top_p: options.AttnTopP = None,
     attn_top_k: options.AttnTopK = None,
     index_top_p: options.IndexTopP = None,
     selector: options.Selector = None,
-    fetch: options.Fetch = "row",
+    fetch: options.Fetch = None,
     audit_every: options.AuditEvery = None,
     max_model_len: options.MaxModelLen = None,
-    page_size: options.PageSize = 64,
-    dense_layers: options.DenseLayers = "0,1",
+    page_size: options.PageSize = None,
+    dense_layers: options.DenseLayers = None,
     kv_offloading_size: options.KVOffloadingSize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -70,7 +71,7 @@ def generate(
     [b]twilight generate[/b] model/ --chat --prompt-file question.txt --report out/
     """
     text = read_prompt(prompt, prompt_file)
-    sparse = sparse_config(
+    kv, sparse = engine_configs(
         preset,
         policy=policy,
         attn_top_p=attn_top_p,
@@ -78,9 +79,10 @@ def generate(
         index_top_p=index_top_p,
         selector=selector,
         fetch=fetch,
+        page_size=page_size,
+        dense_layers=dense_layers,
         audit_every=audit_every,
     )
-    kv = kv_config(preset, page_size=page_size, dense_layers=dense_layers, selector=selector)
     from twilight_engine.runtime.llm import LLM
     from twilight_engine.runtime.sampling_params import SamplingParams
 
@@ -95,10 +97,15 @@ def generate(
         max_num_seqs=1,
         kv_config=kv,
         sparse_config=sparse,
+        preset=preset,
+        calibration=calibration_choice(calibration),
         kv_offloading_size=kv_offloading_size,
     ) as llm:
         ready = llm.chat_prompt([{"role": "user", "content": text}]) if chat else text
-        (output,) = llm.generate(ready, sampling, use_tqdm=sys.stderr.isatty())
+        attention = llm.sparse_config.replace(audit_every=audit_every)
+        (output,) = llm.generate(
+            ready, sampling, sparse_config=attention, use_tqdm=sys.stderr.isatty()
+        )
         show(output, llm, model, report, as_json)
 
 
@@ -132,7 +139,7 @@ def show(output: RequestOutput, llm: LLM, model: str, folder: Path | None, as_js
 
     from twilight_engine.cli.report_files import write_report
     from twilight_engine.cli.report_table import report_tables
-    from twilight_engine.cli.summary import output_json, summary_line
+    from twilight_engine.cli.summary import calibration_line, output_json, summary_line
     from twilight_engine.runtime.report import RunShape, build_report
 
     report = build_report([output], RunShape.of(llm, model))
@@ -146,4 +153,6 @@ def show(output: RequestOutput, llm: LLM, model: str, folder: Path | None, as_js
         console.print(report_tables(report))
         console.print(f"report: {', '.join(str(path) for path in written)}", soft_wrap=True)
     if not as_json:
+        if llm.calibration is not None:
+            console.print(calibration_line(llm.calibration), style="dim", soft_wrap=True)
         console.print(summary_line(report), style="dim", soft_wrap=True)

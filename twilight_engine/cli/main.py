@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from twilight_engine.cli.calibrate import calibrate
 from twilight_engine.cli.chat import chat
 from twilight_engine.cli.demo import demo
 from twilight_engine.cli.doctor import doctor
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, demo, doctor, warm_up):
+for command in (generate, chat, calibrate, demo, doctor, warm_up):
     app.command()(command)
 app.add_typer(evaluate)
 

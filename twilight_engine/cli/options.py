@@ -27,19 +27,33 @@ TopP = Annotated[
 ]
 Seed = Annotated[int, typer.Option(rich_help_panel=SAMPLING, help="Of the sampling.")]
 
-Preset = Annotated[
+PRESETS = (
+    "[b]balanced[/b]: INT4 K and V index. [b]lean[/b]: smaller index, more rows. "
+    "[b]paper[/b]: Twilight as published."
+)
+Preset = Annotated[str, typer.Option(rich_help_panel=ATTENTION, help=PRESETS)]
+# None, here and below: not given, so that a calibration beside the model decides.
+OpenPreset = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=ATTENTION, help=PRESETS, show_default="the calibration's, or balanced"
+    ),
+]
+Calibration = Annotated[
     str,
     typer.Option(
+        metavar="auto|none|PATH",
         rich_help_panel=ATTENTION,
-        help="[b]balanced[/b]: INT4 K and V index. [b]lean[/b]: smaller index, more rows. "
-        "[b]paper[/b]: Twilight as published.",
+        help="What [b]twilight calibrate[/b] chose; [b]auto[/b]: the file beside the model, where "
+        "no option below and no other preset is given.",
     ),
 ]
 Policy = Annotated[
-    str,
+    str | None,
     typer.Option(
         rich_help_panel=ATTENTION,
         help="[b]graded[/b]: fetch the rows that matter. [b]dense[/b]: every row, every step.",
+        show_default="graded",
     ),
 ]
 AttnTopP = Annotated[
@@ -47,7 +61,7 @@ AttnTopP = Annotated[
     typer.Option(
         rich_help_panel=ATTENTION,
         help="Attention mass that exact rows must reach, in (0, 1]; 1 keeps every row.",
-        show_default="the preset's",
+        show_default="the calibration's or preset's",
     ),
 ]
 AttnTopK = Annotated[
@@ -63,7 +77,7 @@ IndexTopP = Annotated[
     typer.Option(
         rich_help_panel=ATTENTION,
         help="Mass up to which further rows keep an INT4 V, or [b]none[/b].",
-        show_default="the preset's",
+        show_default="the calibration's or preset's",
     ),
 ]
 Selector = Annotated[
@@ -76,9 +90,11 @@ Selector = Annotated[
     ),
 ]
 Fetch = Annotated[
-    str,
+    str | None,
     typer.Option(
-        rich_help_panel=ATTENTION, help="What crosses the link: [b]row[/b] or whole [b]page[/b]."
+        rich_help_panel=ATTENTION,
+        help="What crosses the link: [b]row[/b] or whole [b]page[/b].",
+        show_default="row",
     ),
 ]
 AuditEvery = Annotated[
@@ -98,12 +114,16 @@ MaxModelLen = Annotated[
         show_default="the model's",
     ),
 ]
-PageSize = Annotated[int, typer.Option(rich_help_panel=MEMORY, help="Tokens of a KV page.")]
+PageSize = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=MEMORY, help="Tokens of a KV page.", show_default="64"),
+]
 DenseLayers = Annotated[
-    str,
+    str | None,
     typer.Option(
         rich_help_panel=MEMORY,
         help="Layers whose KV stays on the device: numbers with commas, [b]all[/b] or [b]none[/b].",
+        show_default="the calibration's, or 0,1",
     ),
 ]
 KVOffloadingSize = Annotated[

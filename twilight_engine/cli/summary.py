@@ -6,6 +6,7 @@ from typing import Any
 
 from twilight_engine.attention.audit_record import MASS_SLACK, Audits
 from twilight_engine.cli.units import format_bytes, format_seconds
+from twilight_engine.loaders.calibration_file import Calibration
 from twilight_engine.runtime.outputs import RequestOutput
 from twilight_engine.runtime.report import OffloadReport
 
@@ -31,6 +32,11 @@ def audit_line(audits: Audits) -> str:
     return f"{audits.count:,} triples audited: realised mass {mass:.1%}{promise}"
 
 
+def calibration_line(calibration: Calibration) -> str:
+    """'calibrated by model/twilight_calibration.json: balanced, attn_top_p 0.7, ...'."""
+    return f"calibrated by {calibration.path}: {calibration.describe()}"
+
+
 def output_json(output: RequestOutput, report: OffloadReport) -> dict[str, Any]:
     """A finished request as JSON values: text, tokens, and the report without its step arrays."""
     completion = output.outputs[0]
@@ -43,5 +49,6 @@ def output_json(output: RequestOutput, report: OffloadReport) -> dict[str, Any]:
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
         "num_prompt_tokens": len(output.prompt_token_ids),
+        "calibration": report.shape.calibration,
         "offload": {name: figures[name] for name in names},
     }

@@ -67,7 +67,7 @@ def default_hot_bytes(model: ModelShape, dtype: torch.dtype, max_len: int) -> in
     """What the default preset takes for the hot rows of one sequence of max_len tokens."""
     plan = KVCache.plan_for(model, KVConfig(), max_model_len=max_len, max_num_seqs=1, dtype=dtype)
     row_bytes = 2 * model.head_dim * dtype.itemsize
-    return plan.hot_slots * row_bytes * (model.num_layers - len(plan.dense_layers))
+    return sum(plan.hot_slots) * row_bytes
 
 
 def device_bytes_kept(plan: MemoryPlan, batch: int) -> int:

@@ -118,7 +118,7 @@ class KVCache:
         self.layers = [
             tiers.dense_layer(self.host.layer(i))
             if i in self.plan.dense_layers
-            else tiers.sparse_layer(self.host.layer(i), self.step)
+            else tiers.sparse_layer(self.host.layer(i), self.step, self.plan.hot_slots[i])
             for i in range(model.num_layers)
         ]
         self.buffers = tiers.step_buffers() if self.sparse_layers else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 from twilight_engine.config import KVConfig
@@ -42,7 +43,7 @@ class MemoryPlan:
         num_pages: pages of the pool; a page is page_size tokens over all layers and heads.
         pages_per_sequence: pages of one sequence of max_model_len tokens.
         capacity: entries of a list of one KV head: max_model_len rounded up to a page.
-        hot_slots: hot-row slots of one sparse layer, a multiple of SLOTS_PER_CHUNK.
+        hot_slots: hot-row slots by layer, multiples of SLOTS_PER_CHUNK, 0 in a dense one.
     """
 
     device: dict[str, int]
@@ -50,7 +51,7 @@ class MemoryPlan:
     num_pages: int
     pages_per_sequence: int
     capacity: int
-    hot_slots: int
+    hot_slots: tuple[int, ...]
     dense_layers: tuple[int, ...]
 
     @property
@@ -104,7 +105,7 @@ def plan_memory(
     sparse = model.num_layers - len(dense)
     capacity = per_sequence * size
     layer_kv = num_pages * heads * size * row
-    slots = _hot_slots(kv_config, layer_kv, row, sparse, max_num_seqs * heads)
+    slots = _hot_slots(model, kv_config, layer_kv, row, dense, max_num_seqs * heads)
     lists = max_num_seqs * capacity
     device = {
         "index": sparse
@@ -118,8 +119,8 @@ def plan_memory(
         * heads
         * (kv_config.num_sink + kv_config.window_rows)
         * row,
-        "hot rows": sparse * slots * (row + 8),
-        "slot maps": sparse * num_pages * heads * size * 4 if slots else 0,
+        "hot rows": sum(slots) * (row + 8),
+        "slot maps": sum(count > 0 for count in slots) * num_pages * heads * size * 4,
         "dense layers": len(dense) * layer_kv,
         # scores; prune's weights, exact, index, location and two fetch lists; grades
         "step buffers": lists * (model.num_q_heads * 4 + heads * (6 * 4 + 1)) if sparse else 0,
@@ -138,14 +139,50 @@ def plan_memory(
 
 
 def _hot_slots(
-    kv_config: KVConfig, layer_kv: int, row_bytes: int, sparse_layers: int, owners: int
-) -> int:
-    """Slots of one layer: the budget in whole chunks; the default gives each head one at least."""
-    if sparse_layers == 0:
-        return 0
+    model: ModelShape,
+    kv_config: KVConfig,
+    layer_kv: int,
+    row_bytes: int,
+    dense: tuple[int, ...],
+    owners: int,
+) -> tuple[int, ...]:
+    """Slots of each layer: the budget in whole chunks.
+
+    Where the budget is a share of the KV, each head gets one chunk at least.
+    """
+    graded = [i for i in range(model.num_layers) if i not in dense]
+    parts = _hot_parts(model, kv_config, graded)
     chunk = SLOTS_PER_CHUNK * row_bytes
     if kv_config.hot_bytes is not None:
-        return kv_config.hot_bytes // sparse_layers // chunk * SLOTS_PER_CHUNK
-    with_v = kv_config.v_index == "int4"
-    share = HOT_SHARE_WITH_V_INDEX if with_v else HOT_SHARE_WITHOUT_V_INDEX
-    return max(owners, int(layer_kv * share) // chunk) * SLOTS_PER_CHUNK
+        budget, least = kv_config.hot_bytes, 0
+    elif kv_config.hot_kv_share is not None:
+        budget, least = int(kv_config.hot_kv_share * model.num_layers * layer_kv), owners
+    else:
+        with_v = kv_config.v_index == "int4"
+        share = HOT_SHARE_WITH_V_INDEX if with_v else HOT_SHARE_WITHOUT_V_INDEX
+        budget, least = int(layer_kv * share) * len(graded), owners
+    counts = [max(least, int(budget * part) // chunk) if part else 0 for part in parts]
+    return tuple(count * SLOTS_PER_CHUNK for count in counts)
+
+
+def _hot_parts(
+    model: ModelShape, kv_config: KVConfig, graded: list[int]
+) -> tuple[float | Fraction, ...]:
+    """The part of the hot rows that each layer gets; they add up to 1, or all are 0.
+
+    Raises: ValueError for hot_shares of another number of layers, or with hot rows in a dense one.
+    """
+    shares = kv_config.hot_shares
+    if shares is None:
+        even = Fraction(1, max(len(graded), 1))  # exact, so that equal layers get equal chunks
+        return tuple(even if i in graded else 0 for i in range(model.num_layers))
+    if len(shares) != model.num_layers:
+        raise ValueError(
+            f"hot_shares has {len(shares)} entries; the model has {model.num_layers} layers"
+        )
+    wasted = [i for i, share in enumerate(shares) if share and i not in graded]
+    if wasted:
+        raise ValueError(
+            f"hot_shares gives hot rows to layers {wasted}, which are dense and need none"
+        )
+    return shares

@@ -81,13 +81,11 @@ class TierShape:
         """A layer whose pages all stay on the device; `host` is its view of the arena."""
         return LayerKV(host, torch.zeros_like(host, device=self.device), None, None, None)
 
-    def sparse_layer(self, host: Tensor, step: Tensor) -> LayerKV:
+    def sparse_layer(self, host: Tensor, step: Tensor, hot_slots: int) -> LayerKV:
         """A layer with windows, index and hot rows; `step` is the shared step counter."""
         heads, dim, config = self.model.num_kv_heads, self.model.head_dim, self.config
         window_rows = self.max_num_seqs * heads * (config.num_sink + config.window_rows)
-        rows = torch.zeros(
-            window_rows + self.plan.hot_slots, 2 * dim, dtype=self.dtype, device=self.device
-        )
+        rows = torch.zeros(window_rows + hot_slots, 2 * dim, dtype=self.dtype, device=self.device)
         index = allocate_index(
             self.plan.num_pages,
             heads,
@@ -99,9 +97,9 @@ class TierShape:
             lsh_tables=num_tables(config.lsh),
         )
         hot = None
-        if self.plan.hot_slots:
+        if hot_slots:
             hot = allocate_hot_rows(
-                num_slots=self.plan.hot_slots,
+                num_slots=hot_slots,
                 first_row=window_rows,
                 num_kv_heads=heads,
                 num_pages=self.plan.num_pages,

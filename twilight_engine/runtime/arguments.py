@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from twilight_engine.config import KVConfig
+from twilight_engine.config import DEFAULT_PRESET, KVConfig, SparseConfig
+from twilight_engine.loaders.calibration_file import Calibration
 from twilight_engine.loaders.config import ModelConfig
 from twilight_engine.loaders.tokenizer import Tokenizer
 from twilight_engine.ops.launch import has_kernels
+from twilight_engine.runtime.sampling_params import SamplingParams
 
 GIB = 1 << 30
 
@@ -56,14 +60,28 @@ def pick_device(device: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def make_kv_config(
+def make_configs(
     kv_config: KVConfig | None,
-    preset: str,
+    sparse_config: SparseConfig | None,
+    preset: str | None,
+    calibration: Calibration | None,
     kv_offloading_size: float | None,
     hot_bytes: int | None,
+) -> tuple[KVConfig, SparseConfig]:
+    """The caller's configs; in place of one that is None the calibration's, else the preset's."""
+    if calibration is not None:
+        kv, sparse = calibration.kv_config(), calibration.sparse_config()
+    else:
+        preset = DEFAULT_PRESET if preset is None else preset
+        kv, sparse = KVConfig.preset(preset), SparseConfig.preset(preset)
+    kv = with_budgets(kv_config or kv, kv_offloading_size, hot_bytes)
+    return kv, sparse_config or sparse
+
+
+def with_budgets(
+    config: KVConfig, kv_offloading_size: float | None, hot_bytes: int | None
 ) -> KVConfig:
-    """The cache config, with budgets that were given apart from it."""
-    config = kv_config or KVConfig.preset(preset)
+    """A cache config with the budgets that were given apart; hot_bytes replaces hot_kv_share."""
     if kv_offloading_size is not None:
         if config.host_bytes is not None:
             raise ValueError(
@@ -78,7 +96,7 @@ def make_kv_config(
             raise ValueError(
                 f"hot_bytes is {hot_bytes} and kv_config's {config.hot_bytes}; give one of them"
             )
-        config = dataclasses.replace(config, hot_bytes=hot_bytes)
+        config = dataclasses.replace(config, hot_bytes=hot_bytes, hot_kv_share=None)
     return config
 
 
@@ -93,6 +111,17 @@ def context_length(max_model_len: int | None, config: ModelConfig) -> int:
             stacklevel=3,
         )
     return max_model_len
+
+
+def default_sampling(
+    generation_defaults: Mapping[str, Any], changes: Mapping[str, Any]
+) -> SamplingParams:
+    """SamplingParams as a checkpoint's generation defaults have them, with some fields changed."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    found = {name: generation_defaults[name] for name in names if name in generation_defaults}
+    if "max_new_tokens" in generation_defaults:
+        found["max_tokens"] = generation_defaults["max_new_tokens"]
+    return SamplingParams(**{**found, **changes})
 
 
 def pick_tokenizer(

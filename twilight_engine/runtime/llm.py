@@ -20,11 +20,13 @@ from twilight_engine.runtime.admission import Admission, one_each
 from twilight_engine.runtime.arguments import (
     check_at_least_one,
     context_length,
-    make_kv_config,
+    default_sampling,
+    make_configs,
     pick_device,
     pick_tokenizer,
 )
 from twilight_engine.runtime.batch import run_requests
+from twilight_engine.runtime.calibration import CalibrationChoice, pick_calibration
 from twilight_engine.runtime.outputs import RequestOutput
 from twilight_engine.runtime.progress import NoProgress, RunProgress, make_progress
 from twilight_engine.runtime.prompts import (
@@ -55,11 +57,12 @@ class LLM:
         max_num_seqs: most sequences that decode together.
         kv_config: where the KV cache lives; None: the preset's.
         sparse_config: how steps attend where a call does not say; None: the preset's.
-        preset: "balanced", "lean" or "paper".
+        preset: "balanced", "lean" or "paper"; None: the calibration's, or "balanced".
+        calibration: "auto" takes what `twilight calibrate` wrote beside the model, if no config and
+            no other preset is given; a path names a file; None: none. `.calibration` has it.
         seed: of sampling without a seed of its own, and of dummy weights.
         tokenizer: another tokenizer, or a directory that has one; None: the model's.
-        generation_config: "auto" takes the checkpoint's sampling defaults where a call gives no
-            sampling_params; "vllm" takes SamplingParams' own.
+        generation_config: sampling defaults: "auto" the checkpoint's, "vllm" SamplingParams' own.
         prefill_chunk_size: tokens of a prompt that go through a layer at once.
         kv_offloading_size, hot_bytes: KVConfig.host_bytes in GiB, and KVConfig.hot_bytes.
         enforce_eager: launch decode steps kernel by kernel instead of as CUDA graphs.
@@ -79,7 +82,8 @@ class LLM:
         max_num_seqs: int = 8,
         kv_config: KVConfig | None = None,
         sparse_config: SparseConfig | None = None,
-        preset: str = "balanced",
+        preset: str | None = None,
+        calibration: CalibrationChoice = "auto",
         seed: int = 0,
         tokenizer: Tokenizer | str | Path | None = None,
         generation_config: Literal["auto", "vllm"] = "auto",
@@ -95,8 +99,11 @@ class LLM:
         )
         if generation_config not in ("auto", "vllm"):
             raise ValueError(f"generation_config is {generation_config!r}; allowed: 'auto', 'vllm'")
-        self.kv_config = make_kv_config(kv_config, preset, kv_offloading_size, hot_bytes)
-        self.sparse_config = sparse_config or SparseConfig.preset(preset)
+        given = kv_config is not None or sparse_config is not None
+        self.calibration = pick_calibration(model, calibration, load_format, preset, given)
+        self.kv_config, self.sparse_config = make_configs(
+            kv_config, sparse_config, preset, self.calibration, kv_offloading_size, hot_bytes
+        )
         self.device = pick_device(device)
         torch.manual_seed(seed)
         loaded = load_model(model, dtype=dtype, device=self.device, load_format=load_format)
@@ -115,12 +122,8 @@ class LLM:
             device=self.device,
             dtype=self.dtype,
         )
-        self._runner = Runner(
-            self.model,
-            self.cache,
-            prefill_chunk_size=prefill_chunk_size,
-            enforce_eager=enforce_eager,
-        )
+        chunk, eager = prefill_chunk_size, enforce_eager
+        self._runner = Runner(self.model, self.cache, prefill_chunk_size=chunk, enforce_eager=eager)
         self._admission = Admission(self.model_config, self.cache, self.tokenizer, seed)
         self._run: Generator[None, None, None] | None = None
         self._closed = False
@@ -142,9 +145,8 @@ class LLM:
             sparse_config: how to attend, for all prompts or one each; None: the LLM's.
             use_tqdm: show progress bars on stderr.
         Raises:
-            ValueError: before any prompt is run, for one that is malformed or too long, and for
-                parameters that do not fit; the message has the numbers.
-            RuntimeError: if the LLM is closed, or a stream of it is not finished.
+            ValueError: before any prompt is run, for one that is malformed or too long, or unfit
+                parameters. RuntimeError: if the LLM is closed, or a stream of it is not finished.
         """
         requests = self._admit(as_prompt_list(prompts), sampling_params, sparse_config)
         sequences = [sequence for request in requests for sequence in request.sequences]
@@ -236,11 +238,7 @@ class LLM:
 
     def get_default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What `generate` uses without sampling_params."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        found = {name: self._defaults[name] for name in names if name in self._defaults}
-        if "max_new_tokens" in self._defaults:
-            found["max_tokens"] = self._defaults["max_new_tokens"]
-        return SamplingParams(**{**found, **changes})
+        return default_sampling(self._defaults, changes)
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises: ValueError if there is none."""

@@ -33,6 +33,7 @@ class RunShape:
     Args:
         row_bytes: one token's K and V of one layer and KV head.
         dense_layers: layers whose KV stays on the device.
+        calibration: the file that the engine's settings come from.
     """
 
     model: str
@@ -43,6 +44,7 @@ class RunShape:
     page_size: int
     row_bytes: int
     dense_layers: tuple[int, ...]
+    calibration: str | None = None
 
     @classmethod
     def of(cls, llm: LLM, model: str) -> RunShape:
@@ -57,6 +59,7 @@ class RunShape:
             page_size=llm.kv_config.page_size,
             row_bytes=2 * config.head_dim * llm.dtype.itemsize,
             dense_layers=llm.cache.plan.dense_layers,
+            calibration=None if llm.calibration is None else str(llm.calibration.path),
         )
 
     @property

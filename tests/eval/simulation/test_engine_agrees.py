@@ -109,3 +109,6 @@ def test_grading_refuses_what_is_not_simulated():
         Grading.of(KVConfig(), SparseConfig(selector="quest", tail="renormalise"), 4)
     with pytest.raises(NotImplementedError, match="'streaming' with tail 'mean'"):
         Grading.of(KVConfig(), SparseConfig(selector="streaming"), 4)
+    for selector in ("lsh", "double_sparsity", "double_sparsity_online"):
+        with pytest.raises(NotImplementedError, match=f"selector '{selector}'"):
+            Grading.of(KVConfig(), SparseConfig(selector=selector, tail="renormalise"), 4)

@@ -37,8 +37,7 @@ BY_NAME: dict[str, Callable[[], Selector]] = {
 }
 NEEDS_CHANNELS = (
     "selector 'double_sparsity' needs the model's calibrated channels; pass a "
-    "DoubleSparsitySelector(channels) (docs/selectors.md), calibrate the model with "
-    "`twilight calibrate`, or use 'double_sparsity_online'"
+    "DoubleSparsitySelector(channels) as docs/selectors.md shows, or use 'double_sparsity_online'"
 )
 
 

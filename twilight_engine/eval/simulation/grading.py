@@ -6,11 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from twilight_engine.config import QUEST_BLOCK, SELECTORS, KVConfig, SparseConfig
+from twilight_engine.config import QUEST_BLOCK, KVConfig, SparseConfig
 
 KFormat = Literal["exact", "int8_token", "int4_channel", "int4_token", "int2_channel"]
 VFormat = Literal["none", "int2", "int4", "int8"]
 Rule = Literal["mean", "union"]
+SELECTORS = ("all", "quest", "streaming")  # those that are simulated
 BITS = {"none": 0, "int2": 2, "int4": 4, "int8": 8}
 
 

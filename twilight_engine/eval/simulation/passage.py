@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -86,8 +87,15 @@ def prefill_passage(
 class _Simulator:
     """Attention of all steps of a passage at once; callable as `attend`."""
 
-    def __init__(self, passage: PrefilledPassage, model: DecoderModel, grading: Grading) -> None:
-        self.passage, self.scale, self.grading = passage, model.config.softmax_scale, grading
+    def __init__(
+        self,
+        passage: PrefilledPassage,
+        model: DecoderModel,
+        grading: Grading,
+        by_layer: Mapping[int, Grading],
+    ) -> None:
+        self.passage, self.scale = passage, model.config.softmax_scale
+        self.grading, self.by_layer = grading, by_layer
         self.traces: dict[int, LayerTrace] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -96,14 +104,24 @@ class _Simulator:
         if layer in self.grading.dense_layers:
             out = causal_attention(q, keys, values, softmax_scale=self.scale, sliding_window=None)
             return out.to(q.dtype)
-        out, self.traces[layer] = simulate_layer(q, keys, values, self.grading, self.scale)
+        grading = self.by_layer.get(layer, self.grading)
+        out, self.traces[layer] = simulate_layer(q, keys, values, grading, self.scale)
         return out.to(q.dtype)
 
 
 @torch.inference_mode()
-def simulate(model: DecoderModel, passage: PrefilledPassage, grading: Grading) -> Outcome:
-    """Every step of a passage under a grading, teacher-forced."""
-    attend = _Simulator(passage, model, grading)
+def simulate(
+    model: DecoderModel,
+    passage: PrefilledPassage,
+    grading: Grading,
+    by_layer: Mapping[int, Grading] | None = None,
+) -> Outcome:
+    """Every step of a passage under a grading, teacher-forced.
+
+    Args:
+        by_layer: another grading for some layers; `grading` alone says which are dense.
+    """
+    attend = _Simulator(passage, model, grading, by_layer or {})
     return Outcome(run_steps(model, passage, attend), attend.traces)
 
 
