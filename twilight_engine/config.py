@@ -175,7 +175,7 @@ class SparseConfig:
     """
 
     policy: Policy = "graded"
-    attn_top_p: float = 0.80
+    attn_top_p: float = 0.75
     attn_top_k: int | None = None
     index_top_p: float | None = 0.99
     group_rule: GroupRule = "mean"

@@ -154,4 +154,4 @@ def test_the_sweep_has_the_methods_under_their_names():
     for name in ("balanced@0.9", "paper@0.85", "dense-int4", "quest:1024", "top_k:1024"):
         method = parse_method(name)
         assert sweep[name] == Grading.of(method.kv, method.sparse, 4)
-    assert sweep["balanced@0.75, index 0.995"].index_top_p == 0.995
+    assert sweep["index 0.995"].index_top_p == 0.995

@@ -139,8 +139,7 @@ class LLM:
         """Generate from one prompt or several; outputs come in the order of the prompts.
 
         Args:
-            prompts: a string, a list of token ids, {"prompt": ...} or {"prompt_token_ids": ...}, or
-                a list of them.
+            prompts: a string, token ids, {"prompt": ...}, {"prompt_token_ids": ...}, or a list.
             sampling_params: for all prompts, or one each; None: get_default_sampling_params().
             sparse_config: how to attend, for all prompts or one each; None: the LLM's.
             use_tqdm: show progress bars on stderr.

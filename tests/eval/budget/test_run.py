@@ -141,7 +141,7 @@ def test_rules_are_the_presets():
         Grading.of(KVConfig.preset(name), SparseConfig.preset(name), LAYERS)
         for name in ("balanced", "paper")
     )
-    assert grading_of("balanced", 0.8, LAYERS) == balanced
+    assert grading_of("balanced", balanced.attn_top_p, LAYERS) == balanced
     assert grading_of("paper", 0.95, LAYERS) == paper
     assert grading_of("balanced", 0.995, LAYERS).index_top_p == 0.995
     repaired = Grading.of(

@@ -28,7 +28,7 @@ class Grading:
         dense_layers: layers that attend to every row exactly.
     """
 
-    attn_top_p: float = 0.80
+    attn_top_p: float = 0.75
     attn_top_k: int | None = None
     index_top_p: float | None = 0.99
     group_rule: Rule = "mean"

@@ -24,13 +24,12 @@ def gradings(num_layers: int) -> dict[str, Grading]:
         method = parse_method(name)
         found[name] = Grading.of(method.kv, method.sparse, num_layers)
     found["dense-int4, K per token"] = found["dense-int4"].replace(k_index="int4_token")
-    for p in (0.5, 0.6, 0.7, 0.75, 0.9, 0.95):
+    for p in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
         found[f"balanced@{p}"] = base.replace(attn_top_p=p)
     for p in (0.8, 0.85, 0.9, 0.98):
         found[f"lean@{p}"] = lean.replace(attn_top_p=p)
     for p in (0.9, 0.95, 0.98, 0.995, 1.0):
         found[f"index {p}"] = base.replace(index_top_p=p)
-    found["balanced@0.75, index 0.995"] = base.replace(attn_top_p=0.75, index_top_p=0.995)
     found["union"] = base.replace(group_rule="union")
     found["renormalise"] = base.replace(tail="renormalise")
     found["V int2"] = base.replace(v_index="int2")
