@@ -171,7 +171,7 @@ def test_several_query_rows_a_sequence(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize(("page_size", "block"), [(16, 16), (61, 16), (64, 64)])
+@pytest.mark.parametrize(("page_size", "block"), [(16, 16), (61, 16), (64, 64), (61, 1), (64, 1)])
 @pytest.mark.parametrize("dropped", [False, True])
 def test_candidates(
     device: torch.device, share: float, page_size: int, block: int, dropped: bool
