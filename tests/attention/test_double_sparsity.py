@@ -134,6 +134,29 @@ def test_channels_of_another_form_are_refused(channels):
         DoubleSparsitySelector(channels)
 
 
+def test_channel_numbers_are_not_negative():
+    with pytest.raises(ValueError, match="channels has -1; channel numbers are >= 0"):
+        DoubleSparsitySelector([[[3, -1]]])
+
+
+@pytest.mark.parametrize("count", [0, 65])
+def test_a_ranking_has_only_so_many_channels(count):
+    ranking = torch.arange(64).expand(3, 2, -1)
+    with pytest.raises(ValueError, match=f"num_channels is {count}; it must be 1 to 64"):
+        DoubleSparsitySelector.from_ranking(ranking, count)
+
+
+def test_a_selector_serves_models_of_any_dtype(device):
+    meta = make_meta(device, [150], page_size=16)
+    selector = DoubleSparsitySelector.from_ranking(torch.arange(64).expand(1, 2, -1))
+    masks = [
+        selector._mask(0, 2, make_case(meta, dtype=dtype).q)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert [mask.dtype for mask in masks] == [torch.float32, torch.bfloat16]
+    assert all(mask.sum() == 2 * 16 for mask in masks)
+
+
 def test_channels_of_another_model_are_refused():
     selector = DoubleSparsitySelector(torch.zeros(3, 5, 4, dtype=torch.int64))
     with (

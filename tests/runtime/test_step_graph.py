@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.runtime.tiny import CONFIG, KV, prompt_ids, tiny_llm
 from twilight_engine import LLM, KVConfig, RequestOutput, SamplingParams, SparseConfig
-from twilight_engine.attention.selectors import LayerView
+from twilight_engine.attention.selectors import DoubleSparsitySelector, LayerView
 from twilight_engine.attention.step import bucket
 
 LENGTHS = [150, 40, 97]
@@ -79,6 +79,17 @@ def test_tokens_and_traffic_of_eager_steps(preset: str) -> None:
 )
 def test_other_steps(sparse: SparseConfig) -> None:
     alike(*both(sparse))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("selector", ["double_sparsity", "double_sparsity_online", "lsh"])
+def test_selectors_of_tokens(selector: str) -> None:
+    chosen: object = selector
+    if selector == "double_sparsity":
+        ranking = torch.arange(CONFIG.head_dim).expand(CONFIG.num_layers, CONFIG.num_kv_heads, -1)
+        chosen = DoubleSparsitySelector.from_ranking(ranking)
+    config = dataclasses.replace(KV, lsh=(4, 30) if selector == "lsh" else None)
+    alike(*both(SparseConfig(selector=chosen, selector_budget=40), kv_config=config))
 
 
 @pytest.mark.gpu

@@ -52,7 +52,10 @@ def rank_channels(model: DecoderModel, token_ids: Sequence[int]) -> Tensor:
         raise ValueError("token_ids is empty; a sample has at least one token")
     ids = torch.tensor(token_ids, device=model.device)
     ranker = _Ranker(model)
-    model(ids, torch.arange(len(ids), device=model.device), ranker, len(ids))
+    rotary = model.rotary(torch.arange(len(ids), device=model.device), len(ids))
+    x = model.embed(ids)
+    for layer in range(model.config.num_layers):
+        x = model.run_layer(layer, x, rotary, ranker)
     return ranker.sums.argsort(dim=-1, descending=True, stable=True)
 
 

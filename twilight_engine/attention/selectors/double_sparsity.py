@@ -37,15 +37,25 @@ class DoubleSparsitySelector:
                 f"channels has shape {list(table.shape)} and dtype {table.dtype}; it must be "
                 "[num_layers, num_kv_heads, r] whole numbers"
             )
-        self._channels = table.long()
-        self._masks: dict[tuple[int, torch.device], Tensor] = {}
+        if table.min() < 0:
+            raise ValueError(f"channels has {int(table.min())}; channel numbers are >= 0")
+        self._channels = table.long().cpu()
+        self._masks: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     @classmethod
     def from_ranking(
         cls, ranking: Tensor, num_channels: int | None = None
     ) -> DoubleSparsitySelector:
-        """The first channels of a ranking [num_layers, Hkv, D]; None: a quarter of them."""
-        return cls(ranking[..., : num_channels or max(1, ranking.shape[-1] // CHANNEL_SHARE)])
+        """The first channels of a ranking [num_layers, Hkv, D]; None: a quarter of them.
+
+        Raises: ValueError for a num_channels that the ranking does not have.
+        """
+        dim = ranking.shape[-1]
+        if num_channels is None:
+            num_channels = max(1, dim // CHANNEL_SHARE)
+        if not 1 <= num_channels <= dim:
+            raise ValueError(f"num_channels is {num_channels}; it must be 1 to {dim} (head_dim)")
+        return cls(ranking[..., :num_channels])
 
     def select(self, q: Tensor, view: LayerView) -> Tensor | None:
         mask = self._mask(view.layer, view.windows.num_kv_heads, q)
@@ -53,7 +63,7 @@ class DoubleSparsitySelector:
 
     def _mask(self, layer: int, num_kv_heads: int, q: Tensor) -> Tensor:
         """[1, Hkv, 1, D] of q's dtype: 1 for a channel that counts. Made before any capture."""
-        key = (layer, q.device)
+        key = (layer, q.device, q.dtype)
         if key not in self._masks:
             have, dim = self._channels.shape[:2], q.shape[-1]
             if layer >= have[0] or have[1] != num_kv_heads or self._channels.max() >= dim:
