@@ -8,11 +8,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from twilight_engine.config import SparseConfig
+from twilight_engine.attention.selectors import (
+    AllSelector,
+    DoubleSparsityOnlineSelector,
+    DoubleSparsitySelector,
+    LshSelector,
+    QuestSelector,
+    StreamingSelector,
+    make_selector,
+)
+from twilight_engine.config import EVERY_CANDIDATE, SparseConfig
 from twilight_engine.eval.memory import device_bytes_kept
 from twilight_engine.kv.cache import KVCache
-from twilight_engine.kv.index import index_page_bytes
+from twilight_engine.layout import IndexPages
 from twilight_engine.runtime.metrics import step_bytes
 from twilight_engine.telemetry import Steps
 
@@ -32,7 +42,7 @@ class Cost:
         device_bytes: KV memory on the device for a sequence of the run's longest length: index,
             windows, hot rows and dense layers.
         device_read_bytes: KV bytes a step reads on the device, over all layers; None where a
-            selector's own reads are not counted.
+            selector's candidates are pruned and not counted (see key_reads).
         mass: estimated attention mass of the exact rows, resident ones included, as a share of
             what the selector left to choose from.
     """
@@ -76,18 +86,15 @@ def first_steps(steps: Steps, count: int) -> Steps:
 
 
 def device_reads(steps: Steps, cache: KVCache, sparse: SparseConfig) -> float | None:
-    """Mean KV bytes a step reads on the device: every row and every part of the index once.
+    """Mean KV bytes a step reads on the device.
 
-    A dense layer reads all rows; a graded one the INT4 K of every listed token, the INT4 V of its
-    index rows, the mean V of the listed pages, and its exact and resident rows.
+    A dense layer reads all rows; a graded one what its selector and the estimate read of K's index
+    (`key_reads`), the INT4 V of its index rows, the mean V of the listed pages, and its exact and
+    resident rows. The scales that a margin reads again are left out.
+
+    Returns: None where a layer's selector leaves open how much that is.
     """
-    config, dim = cache.config, cache.model.head_dim
-    mean = 2 * dim  # float16, one a page and head
-    without_v = index_page_bytes(1, config.page_size, dim, config.k_index, "none")
-    with_v = index_page_bytes(1, config.page_size, dim, config.k_index, "int4")
-    k_bytes = (without_v - mean) / config.page_size
-    v_bytes = (with_v - without_v) / config.page_size
-    total = 0.0
+    size, total = cache.config.page_size, 0.0
     for layer in range(cache.model.num_layers):
         exact, index, tail, resident = (
             float(getattr(steps, grade)[:, layer].sum()) for grade in GRADES
@@ -96,11 +103,58 @@ def device_reads(steps: Steps, cache: KVCache, sparse: SparseConfig) -> float | 
         here = sparse.layer(layer)
         if layer in cache.plan.dense_layers or here.policy == "dense" or here.keeps_every_row:
             continue
-        if here.selector != "all":
+        pages = cache.layers[layer].index
+        assert pages is not None
+        listed = exact + index + tail
+        keys = key_reads(here, pages, listed, exact)
+        if keys is None:
             return None
-        means = mean / config.page_size if here.tail == "mean" else 0.0
-        total += (exact + index + tail) * (k_bytes + means) + index * v_bytes
+        total += keys
+        if here.tail == "mean":
+            total += listed * _bytes_a_token(pages.v_mean, size)
+        if pages.v_codes is not None and pages.v_scale is not None:
+            total += index * _bytes_a_token(pages.v_codes, size, pages.v_scale)
     return total / max(len(steps.context), 1)
+
+
+def key_reads(config: SparseConfig, index: IndexPages, listed: float, exact: float) -> float | None:
+    """Bytes of a layer's K index that select and estimate read; row counts are over all heads.
+
+    By selector: `all` reads K's codes and scales; `double_sparsity` twice, for the labels and for
+    the estimate, its online variant the ranges of the channels besides; `lsh` the signatures and
+    all of K; `quest` the bounds, and it and `streaming` the K of their candidates. These are known
+    where all are exact and the rest is dropped; where they are pruned, nothing counts them.
+
+    Args:
+        listed, exact: list tokens, and those of them that are exact.
+    Returns: None for a selector of the user's, and where the candidates are not counted.
+    """
+    size = index.page_size
+    keys = _bytes_a_token(index.k_codes, size, index.k_scale)
+    # The channels' min and scale are the bounds of a page; an index per token has bounds apart.
+    bounds = _bytes_a_token(index.k_scale if index.k_bounds is None else index.k_bounds, size)
+    selector = make_selector(config)
+    if isinstance(selector, AllSelector):
+        return listed * keys
+    if isinstance(selector, DoubleSparsitySelector):
+        return listed * 2 * keys
+    if isinstance(selector, DoubleSparsityOnlineSelector):
+        ranges = bounds / 2 if index.k_bounds is None else bounds  # the scales alone
+        return listed * (2 * keys + ranges)
+    if isinstance(selector, LshSelector):
+        assert index.lsh_codes is not None
+        return listed * (keys + _bytes_a_token(index.lsh_codes, size))
+    if config.attn_top_k != EVERY_CANDIDATE or config.tail == "mean" or config.fetch != "row":
+        return None
+    if isinstance(selector, QuestSelector):
+        return listed * bounds + exact * keys
+    return exact * keys if isinstance(selector, StreamingSelector) else None
+
+
+def _bytes_a_token(pages: Tensor, size: int, *more: Tensor) -> float:
+    """Bytes of one token and KV head in tensors [P, Hkv, ...] of whole pages."""
+    parts = (pages, *more)
+    return sum(part[0, 0].numel() * part.element_size() for part in parts) / size
 
 
 def _mean(values: NDArray[Any], empty: float = 0.0) -> float:
