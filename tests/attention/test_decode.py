@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from tests.attention.documented import documented_selector
 from tests.attention.model_shape import Run, Shape, make_cache
 from tests.compare import compare
 from twilight_engine.config import PRESETS, KVConfig, SparseConfig
@@ -162,17 +161,8 @@ def test_reused_pages_and_slots_give_dense_results(device):
                 cache.close_sequence(sequence)
 
 
-def selector_of_the_docs() -> type:
-    """The class that docs/selectors.md shows, as it stands there."""
-    text = (Path(__file__).parents[2] / "docs" / "selectors.md").read_text(encoding="utf-8")
-    code = text.split("```python")[1].split("```")[0].split("with LLM")[0]
-    names: dict[str, type] = {}
-    exec(code, names)
-    return names["LastBlocks"]
-
-
 def test_user_selector_limits_candidates(device):
-    selector = selector_of_the_docs()(64)
+    selector = documented_selector("LastBlocks")(64)
     config = SparseConfig(attn_top_p=0.999, index_top_p=None, selector=selector)
     with make_cache(device, KVConfig(page_size=16, num_recent=16)) as cache:
         run = Run(cache, [200])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.attention.documented import documented_selector
 from tests.attention.model_shape import Run, make_cache
 from tests.compare import compare
 from tests.ops.graded_case import make_case
@@ -89,17 +90,6 @@ def test_online_channels_are_those_of_large_queries_and_ranges(device, k_index):
     assert set(found[0, 0].nonzero().flatten().tolist()) == set(best.flatten().tolist())
 
 
-class Every7th:
-    """A selector of one's own that speaks of tokens."""
-
-    per_token = True
-
-    def select(self, q: Tensor, view: LayerView) -> Tensor | None:
-        tokens = torch.arange(num_blocks(view.meta.max_len, 1, view.meta.page_size))
-        keep = (tokens % 7 == 0).to(q.device, torch.uint8)
-        return keep.expand(q.shape[0], view.windows.num_kv_heads, -1).contiguous()
-
-
 def test_a_step_attends_to_the_tokens_chosen_and_the_resident_ones(device):
     kv = KVConfig(page_size=16, num_recent=16, dense_layers=(), v_index="none")
     with make_cache(device, kv) as cache:
@@ -110,7 +100,7 @@ def test_a_step_attends_to_the_tokens_chosen_and_the_resident_ones(device):
                     attn_top_k=EVERY_CANDIDATE,
                     index_top_p=None,
                     tail="renormalise",
-                    selector=Every7th(),
+                    selector=documented_selector("EverySeventh")(),
                 )
             ]
         )

@@ -59,6 +59,22 @@ def test_ppl_writes_a_table_and_everything_beside_it(
     assert_error(other, "batch was 32, is 1", "use another --out")
 
 
+def test_every_selector_runs_alone_and_under_a_preset(
+    model: str, text: Path, tmp_path: Path
+) -> None:
+    words = [
+        *("quest:64", "quest+lean", "double_sparsity:64", "double_sparsity+paper@0.85"),
+        *("double_sparsity_online:64", "lsh:4x30", "lsh+balanced:4x30", "streaming:64"),
+    ]
+    wanted = ["--length", "400", "--items", "1", "--targets", "2", "--out", tmp_path]
+    methods = ["--methods", ",".join(["dense", *words])]
+    result = run("ppl", model, "--text", text, *methods, *wanted, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    lines = json.loads((tmp_path / "summary.json").read_text())["lines"]
+    assert [line["method"] for line in lines] == ["dense", *words]
+    assert all(line["kl"]["value"] > 0 for line in lines[1:])
+
+
 @pytest.mark.filterwarnings("error:max_model_len")
 def test_niah_runs_with_the_question_decoded(model: str, text: Path, tmp_path: Path) -> None:
     """At the model's limit, which is no reason to warn."""
@@ -85,6 +101,9 @@ def assert_error(result: Result, *words: str) -> None:
     ("arguments", "words"),
     [
         (["--methods", "dense,best"], ["unknown method 'best'", "allowed: dense"]),
+        (["--methods", "lsh:1024"], ["unknown method 'lsh:1024'", "lsh+PRESET, with :BITSxTABLES"]),
+        (["--methods", "lsh:4x1"], ["lsh is (4, 1)", "bits in [1, 16]"]),
+        (["--methods", "quest+paper:0"], ["selector_budget is 0"]),
         (["--length", "4K"], ["--length is '4K'", "whole number"]),
         (["--length", "0"], ["--length is '0'"]),
         (["--items", "0"], ["items is 0"]),

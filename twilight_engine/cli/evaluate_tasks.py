@@ -20,8 +20,10 @@ Methods = Annotated[
     str,
     typer.Option(
         rich_help_panel=TASK,
-        help="With commas: dense, dense-int4, balanced, lean, paper, balanced@0.9, quest:1024, "
-        "quest+paper@0.85, ...; [b]table[/b]: those of docs/accuracy.md.",
+        help="With commas: dense, dense-int4, balanced, lean, paper, balanced@0.9; a selector "
+        "alone ([b]quest:1024[/b], double_sparsity:1024, double_sparsity_online:1024, "
+        "streaming:1024, lsh, lsh:8x75) or under a preset ([b]quest+paper@0.85[/b]); [b]table[/b]: "
+        "those of docs/accuracy.md.",
     ),
 ]
 Length = Annotated[

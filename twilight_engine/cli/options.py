@@ -84,8 +84,8 @@ Selector = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=ATTENTION,
-        help="Which tokens are scored: [b]all[/b], [b]quest[/b], [b]streaming[/b] or [b]lsh[/b] "
-        "(300 bytes more a token and KV head).",
+        help="Which tokens are scored: [b]all[/b], [b]quest[/b], [b]double_sparsity_online[/b], "
+        "[b]lsh[/b] (300 bytes more a token and KV head) or [b]streaming[/b].",
         show_default="the preset's",
     ),
 ]

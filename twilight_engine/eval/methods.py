@@ -7,6 +7,7 @@ A method is written as one word, `base[+preset][@p][:tokens]`:
     balanced, lean, paper   a preset; balanced@0.9 with another attn_top_p
     top_k:1024              the 1,024 rows a KV head with the largest INT4 estimate, nothing else
     quest:1024              a selector on its own: its best 1,024 tokens a query head, nothing else
+    double_sparsity:1024    likewise; its channels come from the run's first text (eval.channels)
     quest+paper@0.85        a selector (a quarter of the context) under a preset's pruning
     lsh, lsh+balanced       LSH tables of K 10, L 150; lsh:8x75 has others. They have no budget.
 """
@@ -99,7 +100,8 @@ def _preset(
 ) -> Method:
     sparse = SparseConfig.preset(preset)
     if selector is not None:
-        sparse = sparse.replace(selector=selector, selector_budget=tokens or 0.25)
+        budget = 0.25 if tokens is None else tokens
+        sparse = sparse.replace(selector=selector, selector_budget=budget)
     if p is not None:
         index_top_p = sparse.index_top_p
         if index_top_p is not None:
@@ -130,8 +132,9 @@ PLAIN = SparseConfig(
 
 
 def _unknown(word: str) -> ValueError:
+    budgeted = [name for name in SELECTORS[1:] if name != "lsh"]
     return ValueError(
         f"unknown method {word!r}; allowed: dense, dense-int4, {', '.join(PRESETS)}, top_k:N, "
-        f"SELECTOR:N, SELECTOR+PRESET, with @p after a preset; selectors: "
-        f"{', '.join(SELECTORS[1:])}"
+        "SELECTOR:N, SELECTOR+PRESET, with @p after a preset; selectors: "
+        f"{', '.join(budgeted)}; and lsh or lsh+PRESET, with :BITSxTABLES at the end"
     )
