@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tests.cli.models import CONTEXT, tiny_model
-from twilight_engine.cli.evaluate_run import TaskRun, parse_lengths
+from twilight_engine.cli.evaluate_run import TaskRun, parse_lengths, read_texts
 from twilight_engine.cli.main import app
 from twilight_engine.eval.haystack import paragraphs
 
@@ -95,6 +95,15 @@ def assert_error(result: Result, *words: str) -> None:
     assert result.stderr.startswith("twilight: ") and result.stderr.count("\n") == 1
     for word in words:
         assert word in result.stderr
+
+
+def test_two_texts_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    paths = [tmp_path / "book.txt", tmp_path / "a" / "book.txt"]
+    for path in paths:
+        path.write_text("It was a day.")
+    with pytest.raises(ValueError, match="two files named 'book'"):
+        read_texts(paths)
 
 
 @pytest.mark.parametrize(

@@ -217,8 +217,12 @@ def parse_lengths(words: Sequence[str]) -> tuple[int, ...]:
 
 
 def read_texts(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    """(name, text) of each file. Raises: ValueError for one that cannot be read as text."""
-    texts = []
+    """(name, text) of each file, named by its stem.
+
+    Raises: ValueError for one that cannot be read as text, or two of one name: items are told apart
+        by it.
+    """
+    texts: list[tuple[str, str]] = []
     for path in paths:
         try:
             texts.append((path.stem, path.read_text(encoding="utf-8")))
@@ -226,6 +230,10 @@ def read_texts(paths: Sequence[Path]) -> list[tuple[str, str]]:
             raise ValueError(f"--text {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"--text {path} is not UTF-8: {error}") from error
+    names = [name for name, _ in texts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"--text has two files named {twice[0]!r}; results tell them by name")
     return texts
 
 
