@@ -9,7 +9,7 @@ import typer
 
 from twilight_engine.cli import options
 
-WITH_V_INDEX = "0.5,0.6,0.7,0.8,0.9"
+WITH_V_INDEX = "0.5,0.6,0.7,0.75,0.8,0.9"
 WITHOUT_V_INDEX = "0.8,0.85,0.9,0.95,0.98"
 INDEX_MASSES = "0.98,0.99,0.995"
 SAMPLE, TOLERANCES = "Sample", "Tolerances and budget"
