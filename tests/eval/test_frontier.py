@@ -82,6 +82,17 @@ def run(arguments: list[str]) -> Result:
     return CliRunner().invoke(app, arguments)
 
 
+def test_dense_is_a_point_without_loss_or_link(arguments: list[str], tmp_path: Path):
+    result = run([*arguments, "--only", "dense,balanced"])
+    assert result.exit_code == 0, result.output
+    dense, graded = json.loads((tmp_path / "out" / "frontier.json").read_text())["points"]
+    assert dense["name"] == "dense" and dense["on_front"]
+    assert abs(dense["kl"]) < 1e-6 and dense["link_bytes"] == 0 and dense["top1"] == 1
+    assert dense["device_share"] == 1 > graded["device_share"]
+    assert dense["exact_share"] == 1 and dense["mass_kept_share"] == 1
+    assert dense["ppl"] == pytest.approx(dense["ppl_dense"])
+
+
 def test_command_writes_table_json_and_plot(arguments: list[str], tmp_path: Path):
     shares = ["--cache-share", "0.25,0.0625"]
     result = run([*arguments, *shares, "--only", "balanced,lean,paper, K per channel"])

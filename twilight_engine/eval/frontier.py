@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from twilight_engine.eval.records import Record
+from twilight_engine.eval.simulation.attention import LayerTrace
 from twilight_engine.eval.simulation.grading import Grading
 from twilight_engine.eval.simulation.passage import Outcome, kl_divergence
 from twilight_engine.eval.simulation.row_cache import cache_slots, lru_misses
@@ -21,6 +22,15 @@ from twilight_engine.models.decoder import DecoderModel
 CACHE_SHARE = 1 / 16
 ITEM_BYTES = 2  # bytes are counted for 16-bit rows, whatever dtype the simulation runs in
 COLD_STEPS = 8  # of a passage; the row cache fills, and its traffic is not counted
+# Where no layer is graded: dense attention, from the device.
+ALL_EXACT = {
+    "index_rows": 0.0,
+    "mass": 1.0,
+    "mass_kept_share": 1.0,
+    "mass_p1": 1.0,
+    "weakest_head": 1.0,
+    "output_error": 0.0,
+}
 WORST = ("mass_p1", "weakest_head")  # of several passages the least counts
 
 
@@ -76,34 +86,42 @@ def measure(
     outcome: Outcome,
     dense: Outcome,
     targets: torch.Tensor,
+    length: int,
     cache_shares: Sequence[float],
 ) -> Record:
     """A passage's part of FrontierPoint: nll and nll_dense in place of perplexities, and what
     hangs on the row cache as a list by cache share, all from the same traces.
 
     Args:
-        outcome, dense: of the same passage; targets: [T], its tokens.
+        outcome, dense: of the same passage; targets: [T], its tokens; length: of the passage,
+            the last target left out.
     """
     traces = list(outcome.traces.values())
-    mass = torch.stack([trace.mass for trace in traces])
-    rows = torch.stack([trace.wanted.sum(-1) for trace in traces]).float().mean().item()
-    index_rows = torch.stack([trace.index_rows for trace in traces]).float().mean().item()
-    length = traces[0].wanted.shape[-1]
+    figures = _grades(traces, grading) if traces else {**ALL_EXACT, "exact_rows": float(length)}
+    rows, index_rows = figures["exact_rows"], figures["index_rows"]
     return {
         "kl": kl_divergence(dense.log_probs, outcome.log_probs).mean().item(),
         "nll": _log_loss(outcome, targets),
         "nll_dense": _log_loss(dense, targets),
         "top1": (outcome.log_probs.argmax(-1) == dense.log_probs.argmax(-1)).float().mean().item(),
-        "exact_rows": rows,
+        **figures,
         "exact_share": rows / length,
-        "index_rows": index_rows,
         "device_reads": _device_reads(model, grading, len(traces), length, rows, index_rows),
+        "caches": _caches(model, grading, outcome, cache_shares),
+    }
+
+
+def _grades(traces: Sequence[LayerTrace], grading: Grading) -> dict[str, float]:
+    """Rows by grade, and the mass that the exact ones hold, over the graded layers."""
+    mass = torch.stack([trace.mass for trace in traces])
+    return {
+        "exact_rows": torch.stack([t.wanted.sum(-1) for t in traces]).float().mean().item(),
+        "index_rows": torch.stack([t.index_rows for t in traces]).float().mean().item(),
         "mass": mass.mean().item(),
         "mass_kept_share": (mass >= grading.attn_top_p - 0.01).float().mean().item(),
         "mass_p1": mass.flatten().kthvalue(1 + mass.numel() // 100).values.item(),
         "weakest_head": min(trace.head_mass.min().item() for trace in traces),
         "output_error": torch.stack([trace.output_error for trace in traces]).mean().item(),
-        "caches": _caches(model, grading, outcome, cache_shares),
     }
 
 

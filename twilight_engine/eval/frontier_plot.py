@@ -8,7 +8,7 @@ from typing import Any
 
 from twilight_engine.eval.frontier import FrontierPoint
 
-LABELLED = ("balanced", "lean", "paper", "dense-int4")
+LABELLED = ("balanced", "lean", "paper", "dense", "dense-int4")
 SHAPES = "osD^vP*X"  # by cache share, ascending; the last for all beyond
 # Of a name from its point, in points of type, nearest first.
 OFFSETS = [
@@ -17,8 +17,8 @@ OFFSETS = [
     for x, y in ((distance, distance), (distance, -distance), (8, distance), (8, -distance))
     for side in (1, -1)
 ]
+LEAST_KL = 1e-8  # less is rounding: none
 DOT = 5  # half the side of what a point covers, in pixels
-LEAST_KL = 1e-9  # what is drawn of none at all
 
 Place = tuple[float, float]
 
@@ -35,11 +35,12 @@ def plot_frontier(points: Sequence[FrontierPoint], title: str, path: Path) -> No
 
     figure, axes = plt.subplots(figsize=(12, 8), layout="constrained")
     floor = min((p.link_bytes for p in points if p.link_bytes > 0), default=1.0) / 3
-    places = [(max(p.link_bytes, floor) / 1e6, max(p.kl, LEAST_KL)) for p in points]
+    least = min((p.kl for p in points if p.kl > LEAST_KL), default=1.0) / 3
+    places = [(max(p.link_bytes, floor) / 1e6, max(p.kl, least)) for p in points]
     axes.set(xscale="log", yscale="log")
     _draw_dots(figure, axes, points, places)
     axes.set_xlabel("link bytes a step, MB (no traffic is drawn at the left edge)")
-    axes.set_ylabel("KL to dense attention, nats")
+    axes.set_ylabel("KL to dense attention, nats (none is drawn at the lower edge)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)

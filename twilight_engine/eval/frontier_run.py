@@ -45,8 +45,9 @@ def frontier(
         reference = simulate(model, prefilled, dense)
         for name in lacking:
             outcome = simulate(model, prefilled, sweep[name])
+            targets = prefilled.next_ids
             found = measure(
-                model, sweep[name], outcome, reference, prefilled.next_ids, cache_shares
+                model, sweep[name], outcome, reference, targets, length - 1, cache_shares
             )
             folder.add([{"length": length, "item": passage.item_id, "method": name, **found}])
             progress(1)

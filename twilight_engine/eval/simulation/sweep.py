@@ -18,6 +18,7 @@ def gradings(num_layers: int) -> dict[str, Grading]:
         for name in PRESETS
     }
     paper, lean = found["paper"], found["lean"]
+    found["dense"] = Grading(dense_layers=tuple(range(num_layers)))
     found["paper@0.85"] = paper.replace(attn_top_p=0.85)
     found["paper, K per channel"] = paper.replace(k_index="int4_channel", selector="all")
     for name in ("dense-int4", *PLAIN):
