@@ -31,6 +31,7 @@ from decode_attention.comparisons import paper_table7, policies
 from decode_attention.machine import Machine
 from decode_attention.plots import draw, read_records
 from decode_attention.setting import BENCH, SHARE, SIZES, Setting
+from decode_attention.traces import require_file
 from harness import RESULTS
 
 from twilight_engine import _C
@@ -50,7 +51,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--case", nargs="+", choices=[*CASES, "all"], help="default: all; with --plot alone: none")
+    add(
+        "--case",
+        nargs="+",
+        choices=[*CASES, "all"],
+        metavar="CASE",
+        help=f"{', '.join(CASES)}, or all, the default (with --plot alone: none)",
+    )
     add("--shape", choices=sorted(SIZES), default="llama-3.1-8b")
     add("--device", choices=("cuda", "cpu"), help="default: cuda; a CPU is for --shape tiny")
     add(
@@ -82,7 +89,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError for options that cannot go together."""
+    """ValueError for options that cannot be, or not together."""
+    require_file(args.trace)
     if not 2 <= args.warm < args.steps:
         raise ValueError(f"--warm is {args.warm}; it must lie in [2, --steps {args.steps})")
     if not args.counts and not 0 < args.share < 0.25:

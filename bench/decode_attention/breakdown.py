@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.ops.prune import allocate_pruned, prune
 from twilight_engine.ops.resolve_rows import resolve_rows
 
+BEFORE_ATTENTION = ("append", "select", "estimate", "errors", "prune", "resolve", "fetch")
+OPS = (*BEFORE_ATTENTION, "attend_index", "attend_means", "attend_rows", "merge")
 HOT_STATE = ("slot_map", "slot_key", "slot_stamp", "set_mean")
 
 
@@ -44,9 +47,7 @@ class OpTimes:
 class LayerOps:
     """The ops of one layer's step over tensors of its own, in order; each can run again."""
 
-    def __init__(
-        self, graded: OpenGraded, q: Tensor, k: Tensor, v: Tensor, meta: StepMeta
-    ) -> None:
+    def __init__(self, graded: OpenGraded, q: Tensor, k: Tensor, v: Tensor, meta: StepMeta) -> None:
         self.graded, self.q, self.k, self.v, self.meta = graded, q, k, v, meta
         self.cache, self.config = graded.cache, graded.config
         self.scale = self.cache.model.softmax_scale
@@ -71,9 +72,7 @@ class LayerOps:
             "attend_index": config.index_top_p is not None,
             "attend_means": config.tail == "mean",
         }
-        order = ("append", "select", "estimate", "errors", "prune", "resolve", "fetch")
-        order += ("attend_index", "attend_means", "attend_rows", "merge")
-        return [name for name in order if optional.get(name, True)]
+        return [name for name in OPS if optional.get(name, True)]
 
     def append(self) -> None:
         graded = self.graded
@@ -189,7 +188,7 @@ def time_ops(
     fetch_warm_us = 0.0
     for name in layers[0].names():
         restore = _restorer(layers) if name == "resolve" else lambda: None
-        work = Replay(workload.device, lambda name=name: _run_all(layers, name))
+        work = Replay(workload.device, partial(_run_all, layers, name))
 
         def before(restore: Callable[[], None] = restore, cold: bool = name == "fetch") -> None:
             restore()

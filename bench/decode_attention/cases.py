@@ -6,7 +6,13 @@ import dataclasses
 
 from decode_attention.baselines import best_sdpa
 from decode_attention.breakdown import OpTimes, time_ops
-from decode_attention.floors import StepBytes, floor_us, path_floor_us, resource_floor_us, step_bytes
+from decode_attention.floors import (
+    StepBytes,
+    floor_us,
+    path_floor_us,
+    resource_floor_us,
+    step_bytes,
+)
 from decode_attention.policies import PolicyDecode
 from decode_attention.setting import Setting, print_table
 from decode_attention.steps import StepTimes, measure_steps

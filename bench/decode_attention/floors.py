@@ -117,4 +117,3 @@ def floor_us(step: StepBytes, rates: Rates, batch: int) -> float:
     """The floor that DESIGN names for this batch."""
     by = resource_floor_us if batch >= LARGE_BATCH else path_floor_us
     return by(step, rates)
-

@@ -5,7 +5,7 @@ What the device does before and after is captured, so that the host's time is th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class HostFetchLayer:
         self._back: Callable[[], object] = self._attend
         hot = self.graded.tiers.hot
         assert hot is not None, "the staging rows are the layer's hot rows"
-        self.first_row = hot.first_row
+        self.first_row, self.last_row = hot.first_row, hot.first_row + hot.slot_key.shape[0]
 
     def __call__(self) -> None:
         if self._meta is not self.decode.meta:  # its tensors are other ones: launch by kernel
@@ -54,6 +54,15 @@ class HostFetchLayer:
     def fetch(self) -> None:
         """Bring the listed rows and set their locations; on the current stream."""
         raise NotImplementedError
+
+    def take(self, row: int, count: int) -> slice:
+        """Rows [row, row + count) of the layer's pool. Raises: ValueError beyond the slots."""
+        if row + count > self.last_row:
+            raise ValueError(
+                f"hot_bytes gives a layer {self.last_row - self.first_row} slots; the step stages "
+                f"{row + count - self.first_row} rows or more"
+            )
+        return slice(row, row + count)
 
     @property
     def exact(self) -> RowLists:
@@ -72,6 +81,7 @@ class HostFetchLayer:
         self.cache.log.record_layer(graded.layer, {EXACT: counts, MISSED: counts}, None)
 
     def _attend(self) -> Tensor:
+        """[B, Hq, D]."""
         q, graded = self.inputs[0], self.graded
         scale = self.cache.model.softmax_scale
         out, lse = attend_rows(
@@ -89,6 +99,15 @@ class HostFetchLayer:
 class PageCopies(HostFetchLayer):
     """A cudaMemcpyAsync for each run of adjacent pages (64 tokens) that hold an exact row."""
 
+    _ids: Sequence[np.ndarray] = ()
+
+    def _page_ids(self) -> Sequence[np.ndarray]:
+        """Page ids of each sequence; a list of thousands is turned into an array once."""
+        sequences = self.decode.sequences
+        if [len(ids) for ids in self._ids] != [len(s.pages) for s in sequences]:
+            self._ids = [np.asarray(s.pages, dtype=np.int32) for s in sequences]
+        return self._ids
+
     def fetch(self) -> None:
         exact, size = self.exact, self.cache.config.page_size
         counts = exact.counts.cpu().numpy()
@@ -96,15 +115,17 @@ class PageCopies(HostFetchLayer):
         locations = np.zeros_like(tokens)
         rows, row = self.graded.windows.rows, self.first_row
         stream = torch.cuda.current_stream().cuda_stream if self.cache.on_gpu else 0
-        for b, sequence in enumerate(self.decode.sequences):
-            ids = np.asarray(sequence.pages, dtype=np.int32)
+        for b, ids in enumerate(self._page_ids()):
             for h in range(counts.shape[1]):
                 listed = tokens[b, h, : counts[b, h]]
-                pages, place = np.unique(listed // size, return_inverse=True)
-                if len(pages) == 0:
+                if len(listed) == 0:
                     continue
+                number = listed // size
+                first = np.flatnonzero(np.diff(number, prepend=-1))  # of each page: lists ascend
+                pages = number[first]
+                place = np.repeat(np.arange(len(pages)), np.diff(first, append=len(listed)))
                 locations[b, h, : len(listed)] = row + place * size + listed % size
-                out = rows[row : row + len(pages) * size].view(1, len(pages), size, -1)
+                out = rows[self.take(row, len(pages) * size)].view(1, len(pages), size, -1)
                 self.cache.transfers.to_device(
                     self.graded.layer,
                     torch.from_numpy(ids[pages]),
@@ -138,9 +159,7 @@ class CpuGather(HostFetchLayer):
         gathered = self._pinned[:total].view(torch.int64)
         torch.index_select(host.view(-1, host.shape[3]).view(torch.int64), 0, flat, out=gathered)
         rows = self.graded.windows.rows
-        rows[self.first_row : self.first_row + total].copy_(
-            self._pinned[:total], non_blocking=True
-        )
+        rows[self.take(self.first_row, total)].copy_(self._pinned[:total], non_blocking=True)
         start = self.first_row + exact.counts.flatten().cumsum(0).view_as(exact.counts)
         place = torch.arange(most, device=rows.device)
         self.locations[..., :most] = (start - exact.counts)[..., None] + place

@@ -6,10 +6,10 @@ import statistics
 from dataclasses import dataclass
 
 import torch
+from harness import L2_FLUSH_BYTES
 from torch import Tensor
 
 from decode_attention.timing import time_work
-from harness import L2_FLUSH_BYTES
 from twilight_engine.kv.host import HostArena
 from twilight_engine.layout import FetchLists
 from twilight_engine.ops.gather_rows import gather_rows

@@ -6,10 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-OPS = ("append", "estimate", "errors", "prune", "resolve", "fetch")
-OPS += ("attend_index", "attend_means", "attend_rows", "merge")
-COLOURS = ("#b9c4cc", "#35618f", "#7ba3cc", "#5b8e7d", "#a9c9bd")
-COLOURS += ("#d1495b", "#edae49", "#f4d08f", "#7b5ea7", "#555555")
+OPS = {
+    "append": "#b9c4cc",
+    "estimate": "#35618f",
+    "errors": "#7ba3cc",
+    "prune": "#5b8e7d",
+    "resolve": "#a9c9bd",
+    "fetch": "#d1495b",
+    "attend_index": "#edae49",
+    "attend_means": "#f4d08f",
+    "attend_rows": "#7b5ea7",
+    "merge": "#555555",
+}
 POLICY_ORDER = ("balanced", "lean", "paper", "sdpa-resident", "dense-resident", "dense-streamed")
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -102,13 +110,11 @@ def _policies(
     return path
 
 
-def _breakdown(
-    pyplot: Any, bars: dict[str, dict[str, float]], machine: str, folder: Path
-) -> Path:
+def _breakdown(pyplot: Any, bars: dict[str, dict[str, float]], machine: str, folder: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=(8, 1.6 + 0.8 * len(bars)))
     for y, metrics in enumerate(bars.values()):
         left = 0.0
-        for name, colour in zip(OPS, COLOURS, strict=True):
+        for name, colour in OPS.items():
             us = metrics.get(f"{name}_us", 0.0)
             label = name if y == 0 else None
             axes.barh(y, us, left=left, height=0.55, color=colour, label=label)
@@ -126,7 +132,7 @@ def _breakdown(
                 color=colour,
             )
     axes.set_yticks(range(len(bars)), [name.replace("/b", " tokens, batch ") for name in bars])
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
     axes.set_ylim(-0.8, len(bars) - 0.3)
     axes.set_xlabel("us a layer and step, each op alone")
     axes.set_title(f"Where a step's time goes ({machine})")

@@ -29,6 +29,7 @@ from twilight_engine.ops.gather_rows import gather_rows
 from twilight_engine.telemetry import EXACT
 
 State = tuple[Tensor, Tensor]
+MakeAttention = Callable[[KVCache, int, Sequence[SparseConfig]], "OpenGraded"]
 
 
 class OpenGraded(GradedAttention):
@@ -47,7 +48,9 @@ class ZeroCopyRows(OpenGraded):
     The layer's slots are plain staging: lists follow each other from the first one on.
 
     Args:
-        most_rows: of a list, if known; None: the context.
+        most_rows: of a list, if known; None: the context. Longer lists stay on the host in part,
+            where attention reads them itself.
+    Raises: ValueError if the layer has fewer slots than the lists can have rows.
     """
 
     def __init__(
@@ -60,6 +63,12 @@ class ZeroCopyRows(OpenGraded):
     ) -> None:
         super().__init__(cache, layer, configs)
         self.most_rows = min(most_rows or cache.plan.capacity, cache.plan.capacity)
+        lists = len(configs) * cache.model.num_kv_heads
+        if lists * self.most_rows > cache.plan.hot_slots:
+            raise ValueError(
+                f"hot_bytes gives a layer {cache.plan.hot_slots} slots; staging {lists} lists of "
+                f"{self.most_rows} rows takes {lists * self.most_rows}"
+            )
 
     def _fetch(
         self, exact: RowLists, meta: StepMeta, buffers: StepBuffers
@@ -67,12 +76,11 @@ class ZeroCopyRows(OpenGraded):
         most = self.most_rows
         fetch = staged_lists(exact, meta, self._hot.first_row, most)
         buffers.locations[..., :most] = fetch.dst
+        buffers.locations[..., most:] = NO_ROW
         stream, counters = self.cache.copy_stream, self.cache.log.counters[self.layer]
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(self.cache.device))
-        gather_rows(
-            self.tiers.host, fetch, self.windows.rows, counters=counters, stream=stream
-        )
+        gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters, stream=stream)
         return buffers.locations, fetch
 
     @property
@@ -110,7 +118,7 @@ class PolicyDecode(DecodeAttention):
         cache: KVCache,
         sequences: Sequence[SequenceKV],
         sparse: SparseConfig,
-        attention: Callable[[KVCache, int, Sequence[SparseConfig]], OpenGraded] = OpenGraded,
+        attention: MakeAttention = OpenGraded,
     ) -> None:
         super().__init__(cache, sequences, [sparse] * len(sequences))
         self.layers = {i: attention(cache, i, [sparse] * len(sequences)) for i in self._graded}
@@ -132,13 +140,14 @@ def host_keys(tokens: Tensor, meta: StepMeta) -> Tensor:
 
 
 def staged_lists(exact: RowLists, meta: StepMeta, first_row: int, most: int) -> FetchLists:
-    """Fetch lists of all listed rows, to rows that follow each other from first_row on."""
-    counts = exact.counts.flatten()
+    """Fetch lists of the first `most` listed rows, to rows one after another from first_row on."""
+    fetched = exact.counts.clamp(max=most)
+    counts = fetched.flatten()
     start = (first_row + counts.cumsum(0) - counts).view_as(exact.counts)
     place = torch.arange(most, dtype=torch.int32, device=counts.device)
     dst = (start[..., None] + place).int()
     src = host_keys(exact.tokens[..., :most], meta).int().contiguous()
-    return FetchLists(src, dst, exact.counts, torch.zeros_like(exact.counts))
+    return FetchLists(src, dst, fetched, torch.zeros_like(fetched))
 
 
 def lists_of_blocks(kept: Tensor, meta: StepMeta, block: int, out: RowLists) -> RowLists:

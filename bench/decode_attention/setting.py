@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from harness import record
 
 from decode_attention.machine import Machine
 from decode_attention.traces import RULES, ScaledTrace, Trace, load_trace, nearest_rule
 from decode_attention.workload import Shape, Workload
-from harness import record
 from twilight_engine.config import KVConfig
 
 BENCH = "decode_attention"
@@ -139,6 +140,7 @@ class Setting:
         finally:
             made.close()
             del made
+            gc.collect()  # steps and their graphs refer to each other
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 

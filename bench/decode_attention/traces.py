@@ -41,13 +41,18 @@ def nearest_rule(share: float) -> str:
     return min(RULES, key=lambda rule: abs(math.log(share / RULES[rule])))
 
 
-def load_trace(path: Path, rule: str) -> Trace:
-    """Read one rule's sets. Raises: ValueError for a missing file or one without these arrays."""
+def require_file(path: Path) -> None:
+    """ValueError where there is no trace file."""
     if not path.is_file():
         raise ValueError(
             f"--trace is {path}, which is no file; it must be selection_trace.npz, the recorded "
             "selections that the benches replay (it is not part of the repository)"
         )
+
+
+def load_trace(path: Path, rule: str) -> Trace:
+    """Read one rule's sets. Raises: ValueError for a missing file or one without these arrays."""
+    require_file(path)
     names = ("shape", "n_start", f"{rule}_indices", f"{rule}_offsets")
     with np.load(path) as arrays:
         missing = [name for name in names if name not in arrays]
@@ -56,7 +61,7 @@ def load_trace(path: Path, rule: str) -> Trace:
         shape, start, indices, offsets = (arrays[name] for name in names)
     layers, heads, steps = (int(n) for n in shape)
     context = int(start)
-    sets = []
+    sets: list[list[list[NDArray[np.int64]]]] = []
     for layer in range(FIRST_LAYER, layers):
         sets.append([])
         for head in range(heads):
@@ -97,7 +102,7 @@ class ScaledTrace:
         self.tiles = max(1, math.ceil(copies))
         self.keep = copies / self.tiles
 
-    def rows(self, layer: int, request: int, head: int, step: int) -> NDArray[np.int64]:
+    def rows(self, layer: int, request: int, head: int, step: int) -> NDArray[np.int32]:
         """Ascending, distinct tokens in [first, last)."""
         heads = self._layers[layer]
         sets = heads[(head + request) % len(heads)]
@@ -108,7 +113,7 @@ class ScaledTrace:
             salt = tile + 31 * head + 1009 * request + 7919 * layer
             parts.append(tile + self._thinned(rows, salt) / self.trace.context)
         place = np.concatenate(parts) * ((self.last - self.first) / self.tiles)
-        return np.unique(self.first + place.astype(np.int64))
+        return np.unique(self.first + place.astype(np.int32))
 
     def _thinned(self, rows: NDArray[np.int64], salt: int) -> NDArray[np.int64]:
         """The rows that a hash of their position keeps: the same ones in every step."""

@@ -54,7 +54,7 @@ class Shape:
 
     @property
     def softmax_scale(self) -> float:
-        return self.head_dim**-0.5
+        return float(self.head_dim**-0.5)
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Workload:
     Args:
         tokens: of a sequence when the last step has run.
         steps: decode steps; each takes a channel of its own, so at most head_dim / 2.
-        wanted: the rows of each (layer, request, head, step); None: random rows of uniform heads,
-            `share` of the context.
+        make_trace: the wanted rows, of the tokens in [first, last) that it is given.
     Raises: ValueError for more steps than channels.
     """
 
@@ -214,7 +213,7 @@ class Workload:
         k = self._others((self.prompt, heads, self.shape.head_dim))
         for t in range(self.steps):
             rows = self.wanted[t][layer][b]
-            where = torch.from_numpy(np.concatenate(rows)).to(self.device)
+            where = torch.from_numpy(np.concatenate(rows)).to(self.device).long()
             which = torch.arange(heads).repeat_interleave(torch.tensor([len(r) for r in rows]))
             low, high = CHOSEN
             k[where, which.to(self.device), t] = low + (high - low) * self._uniform(where.shape)
@@ -227,9 +226,7 @@ class Workload:
         lasting = self._uniform(shape[:-1])
         for t in range(self.steps):
             stays = self._uniform(shape[:-1]) < STAYS
-            k[..., t] = low + (high - low) * torch.where(
-                stays, lasting, self._uniform(shape[:-1])
-            )
+            k[..., t] = low + (high - low) * torch.where(stays, lasting, self._uniform(shape[:-1]))
         return k
 
     def _normal(self, shape: tuple[int, ...]) -> Tensor:
