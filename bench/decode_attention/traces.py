@@ -1,0 +1,140 @@
+"""Selections of a real decode (selection_trace.npz), scaled to the shape under test.
+
+The trace is one sequence of some 31K tokens: 64 steps, layers 0-23, 2 KV heads. For another context
+it is laid side by side in `tiles` (each some steps later), its positions stretched to fill the
+context, and thinned by a hash of the position, so that rows stay clustered and return in the next
+step as they did. A bench's layer takes one trace layer (2 and up); its heads are the trace's
+two, later in time; another request has the heads swapped and is later again. Sinks and the recent
+window are left out: they are resident.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+RULES = {"mean80": 0.007, "mean90": 0.027, "mean95": 0.066}  # share of the context, layers 2+
+FIRST_LAYER = 2  # the engine keeps the first two dense
+SINK_TOKENS, WINDOW_TOKENS = 4, 192  # of the trace, resident with the engine's defaults
+HEAD_SHIFT, REQUEST_SHIFT, TILE_SHIFT = 16, 7, 13  # steps that copies of a set are apart
+HASH = 2654435761  # Knuth's multiplier
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Sets of listed rows: sets[layer - FIRST_LAYER][head][step] are ascending positions."""
+
+    sets: list[list[list[NDArray[np.int64]]]]
+    context: int
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sets[0][0])
+
+
+def nearest_rule(share: float) -> str:
+    """The trace's rule whose own share of the context is nearest."""
+    return min(RULES, key=lambda rule: abs(math.log(share / RULES[rule])))
+
+
+def require_file(path: Path) -> None:
+    """ValueError where there is no trace file."""
+    if not path.is_file():
+        raise ValueError(
+            f"--trace is {path}, which is no file; it must be selection_trace.npz, the recorded "
+            "selections that the benches replay (it is not part of the repository)"
+        )
+
+
+def load_trace(path: Path, rule: str) -> Trace:
+    """Read one rule's sets. Raises: ValueError for a missing file or one without these arrays."""
+    require_file(path)
+    names = ("shape", "n_start", f"{rule}_indices", f"{rule}_offsets")
+    with np.load(path) as arrays:
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise ValueError(f"--trace {path} lacks the arrays {', '.join(missing)}")
+        shape, start, indices, offsets = (arrays[name] for name in names)
+    layers, heads, steps = (int(n) for n in shape)
+    context = int(start)
+    sets: list[list[list[NDArray[np.int64]]]] = []
+    for layer in range(FIRST_LAYER, layers):
+        sets.append([])
+        for head in range(heads):
+            first = (layer * heads + head) * steps
+            rows = [indices[offsets[i] : offsets[i + 1]] for i in range(first, first + steps)]
+            inside = [
+                r[(r >= SINK_TOKENS) & (r < context - WINDOW_TOKENS)].astype(np.int64) for r in rows
+            ]
+            sets[-1].append(inside)
+    return Trace(sets, context)
+
+
+class ScaledTrace:
+    """The sets of a bench: `rows(layer, request, head, step)`.
+
+    Args:
+        trace: what to scale.
+        num_layers: layers of the bench, spread over the trace's.
+        first, last: the tokens that can be listed.
+        share: mean set size as a share of `tokens`; None: the trace's own counts.
+        tokens: the context.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        *,
+        num_layers: int,
+        first: int,
+        last: int,
+        share: float | None,
+        tokens: int,
+    ) -> None:
+        self.trace, self.first, self.last = trace, first, last
+        self._layers = _spread_layers(trace, num_layers)
+        mean = float(np.mean([_mean_size(layer) for layer in self._layers]))
+        copies = 1.0 if share is None else share * tokens / max(mean, 1e-9)
+        self.tiles = max(1, math.ceil(copies))
+        self.keep = copies / self.tiles
+
+    def rows(self, layer: int, request: int, head: int, step: int) -> NDArray[np.int32]:
+        """Ascending, distinct tokens in [first, last)."""
+        heads = self._layers[layer]
+        sets = heads[(head + request) % len(heads)]
+        parts = []
+        for tile in range(self.tiles):
+            later = HEAD_SHIFT * (head // len(heads)) + REQUEST_SHIFT * request + TILE_SHIFT * tile
+            rows = sets[reflected(step + later, len(sets))]
+            salt = tile + 31 * head + 1009 * request + 7919 * layer
+            parts.append(tile + self._thinned(rows, salt) / self.trace.context)
+        place = np.concatenate(parts) * ((self.last - self.first) / self.tiles)
+        return np.unique(self.first + place.astype(np.int32))
+
+    def _thinned(self, rows: NDArray[np.int64], salt: int) -> NDArray[np.int64]:
+        """The rows that a hash of their position keeps: the same ones in every step."""
+        mixed = ((rows + salt * 65537) * HASH) & 0xFFFFFFFF
+        return rows[mixed < self.keep * 2**32]
+
+
+def _mean_size(layer: list[list[NDArray[np.int64]]]) -> float:
+    return float(np.mean([len(rows) for head in layer for rows in head]))
+
+
+def _spread_layers(trace: Trace, num_layers: int) -> list[list[list[NDArray[np.int64]]]]:
+    """Layers evenly apart; of one alone, that whose sets are nearest to the mean size."""
+    if num_layers == 1:
+        mean = float(np.mean([_mean_size(layer) for layer in trace.sets]))
+        return [min(trace.sets, key=lambda layer: abs(_mean_size(layer) - mean))]
+    spread = np.linspace(0, len(trace.sets) - 1, num_layers)
+    return [trace.sets[round(i)] for i in spread]
+
+
+def reflected(step: int, length: int) -> int:
+    """Steps to and fro over a trace, so that neighbours stay neighbours."""
+    place = step % max(1, 2 * (length - 1))
+    return min(place, 2 * (length - 1) - place)
