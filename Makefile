@@ -48,7 +48,10 @@ format: $(READY)
 	$(if $(CPP),$(dir $(PY))clang-format -i $(CPP))
 
 bench: $(READY)
-	for bench in bench/bench_*.py; do $(PY) $$bench || exit 1; done
+	for bench in $(filter-out bench/bench_decode_attention.py,$(wildcard bench/bench_*.py)); do \
+	  $(PY) $$bench || exit 1; \
+	done
+	$(if $(TRACE),PYTHONPATH=. $(PY) bench/bench_decode_attention.py --trace $(TRACE))
 
 wheel: $(READY)
 	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w dist .
