@@ -64,9 +64,10 @@ class ZeroCopyRows(OpenGraded):
         super().__init__(cache, layer, configs)
         self.most_rows = min(most_rows or cache.plan.capacity, cache.plan.capacity)
         lists = len(configs) * cache.model.num_kv_heads
-        if lists * self.most_rows > min(cache.plan.hot_slots):
+        slots = min(cache.plan.hot_slots)
+        if lists * self.most_rows > slots:
             raise ValueError(
-                f"hot_bytes gives a layer {min(cache.plan.hot_slots)} slots; staging {lists} lists of "
+                f"hot_bytes gives a layer {slots} slots; staging {lists} lists of "
                 f"{self.most_rows} rows takes {lists * self.most_rows}"
             )
 
