@@ -24,6 +24,7 @@ Policy = Literal["graded", "dense"]
 SELECTORS = ("all", "quest", "double_sparsity", "double_sparsity_online", "lsh", "streaming")
 EVERY_CANDIDATE = 1 << 30  # as attn_top_k: whatever a selector keeps is exact
 QUEST_BLOCK = 16  # tokens a bound covers where K codes are per token (Quest's page)
+MAGICPIG_LSH = (10, 150)  # the paper's first setting of KVConfig.lsh
 MAX_LSH_BITS = 16  # of one signature, which is stored as 16 bits
 LSH_TABLES = (2, 512)  # a candidate agrees in two tables, so fewer than two find nothing
 SUM_SLACK = 1e-3  # what shares written with six decimals may miss 1 by

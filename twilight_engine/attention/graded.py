@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twilight_engine.attention.selectors import LayerView, LshSelector, make_selector
+from twilight_engine.attention.selectors import (
+    NEEDS_SIGNATURES,
+    LayerView,
+    LshSelector,
+    make_selector,
+)
 from twilight_engine.config import SparseConfig
 from twilight_engine.kv.cache import KVCache
 from twilight_engine.kv.tiers import StepBuffers
@@ -56,10 +61,7 @@ class GradedAttention:
         self.selector = make_selector(config)
         if isinstance(self.selector, LshSelector) and not config.keeps_every_row:
             if self.index.lsh_codes is None:
-                raise ValueError(
-                    "selector is 'lsh', but the cache keeps no signatures of K; build it with "
-                    "KVConfig(lsh=(10, 150))"
-                )
+                raise ValueError(NEEDS_SIGNATURES)
         device = cache.device
 
         def floats(values: list[float]) -> Tensor:

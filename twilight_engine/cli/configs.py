@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from twilight_engine.config import DEFAULT_PRESET, KVConfig, SparseConfig
-
-LSH = (10, 150)  # MagicPIG's first setting
+from twilight_engine.config import DEFAULT_PRESET, MAGICPIG_LSH, KVConfig, SparseConfig
 
 
 def engine_configs(
@@ -68,7 +66,7 @@ def kv_config(
     if dense_layers is not None:
         changes["dense_layers"] = parse_layers(dense_layers)
     if selector == "lsh":
-        changes["lsh"] = LSH
+        changes["lsh"] = MAGICPIG_LSH
     return KVConfig.preset(DEFAULT_PRESET if preset is None else preset, **changes)
 
 

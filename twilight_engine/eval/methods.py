@@ -18,7 +18,14 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
-from twilight_engine.config import EVERY_CANDIDATE, PRESETS, SELECTORS, KVConfig, SparseConfig
+from twilight_engine.config import (
+    EVERY_CANDIDATE,
+    MAGICPIG_LSH,
+    PRESETS,
+    SELECTORS,
+    KVConfig,
+    SparseConfig,
+)
 
 DEFAULT_METHOD = "balanced"  # the default preset; records name it `default`
 
@@ -30,7 +37,6 @@ TABLE_METHODS = (
     *("double_sparsity+paper@0.85", "double_sparsity+paper@0.95"),
     *("lsh", "lsh+paper@0.95", "streaming:1024"),
 )
-LSH = (10, 150)  # MagicPIG's first setting
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def parse_method(word: str) -> Method:
     p = float(match["p"]) if match["p"] else None
     tokens = int(match["k"]) if match["k"] else None
     if base == "lsh" and tokens is None and (preset or p is None):
-        bits, tables = map(int, match["lsh"].split("x")) if match["lsh"] else LSH
+        bits, tables = map(int, match["lsh"].split("x")) if match["lsh"] else MAGICPIG_LSH
         return _lsh(word, preset, p, (bits, tables))
     if base == "lsh" or match["lsh"]:
         raise _unknown(word)

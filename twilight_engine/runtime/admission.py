@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence as Items
 from typing import TypeVar
 
-from twilight_engine.attention.selectors import NEEDS_CHANNELS
+from twilight_engine.attention.selectors import NEEDS_CHANNELS, NEEDS_SIGNATURES
 from twilight_engine.config import SparseConfig
 from twilight_engine.kv.cache import KVCache
 from twilight_engine.loaders.config import ModelConfig
@@ -113,10 +113,7 @@ class Admission:
             if graded and config.selector == "double_sparsity":
                 raise ValueError(NEEDS_CHANNELS)
             if graded and config.selector == "lsh" and self._cache.config.lsh is None:
-                raise ValueError(
-                    "selector is 'lsh', but the cache keeps no signatures of K; build the LLM with "
-                    "KVConfig(lsh=(10, 150))"
-                )
+                raise ValueError(NEEDS_SIGNATURES)
 
     def _build(
         self, text: str | None, ids: list[int], params: SamplingParams, sparse: SparseConfig

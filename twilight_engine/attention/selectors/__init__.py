@@ -10,12 +10,14 @@ from twilight_engine.attention.selectors.double_sparsity import (
     DoubleSparsityOnlineSelector,
     DoubleSparsitySelector,
 )
-from twilight_engine.attention.selectors.lsh import LshSelector
+from twilight_engine.attention.selectors.lsh import NEEDS_SIGNATURES, LshSelector
 from twilight_engine.attention.selectors.quest import QuestSelector
 from twilight_engine.attention.selectors.streaming import StreamingSelector
 from twilight_engine.config import SparseConfig
 
 __all__ = [
+    "NEEDS_CHANNELS",
+    "NEEDS_SIGNATURES",
     "AllSelector",
     "DoubleSparsityOnlineSelector",
     "DoubleSparsitySelector",

@@ -5,8 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from twilight_engine.attention.selectors.base import LayerView
+from twilight_engine.config import MAGICPIG_LSH
 from twilight_engine.ops.lsh_candidates import lsh_candidates
 from twilight_engine.ops.lsh_codes import lsh_codes
+
+NEEDS_SIGNATURES = (
+    "selector is 'lsh', but the cache keeps no signatures of K; build it with "
+    f"KVConfig(lsh={MAGICPIG_LSH})"
+)
 
 
 class LshSelector:
@@ -22,8 +28,5 @@ class LshSelector:
 
     def select(self, q: Tensor, view: LayerView) -> Tensor | None:
         if view.lsh is None:
-            raise ValueError(
-                "selector is 'lsh', but the cache keeps no signatures of K; build it with "
-                "KVConfig(lsh=(10, 150))"
-            )
+            raise ValueError(NEEDS_SIGNATURES)
         return lsh_candidates(lsh_codes(q, view.lsh), view.index, view.meta)
