@@ -121,8 +121,11 @@ def assert_error(result: Result, code: int, *words: str) -> None:
         (["--targets", "8"], ["--targets is 8", "above 8"]),
         (["--targets", "500"], ["targets is 500", "below length"]),
         (["--ppl-tolerance", "0"], ["--ppl-tolerance is 0"]),
-        (["--attn-top-p", "0.5,much"], ["--attn-top-p is '0.5,much'", "numbers with commas"]),
-        (["--attn-top-p", "1.2", "--index-top-p", "1.5"], ["attn_top_p is 1.2"]),
+        (["--attn-top-p", "0.5,much"], ["--attn-top-p is 'much'", "a number in (0, 1]"]),
+        (
+            ["--attn-top-p", "1.2", "--index-top-p", "1.5"],
+            ["--attn-top-p is '1.2'; it must be a number in (0, 1]"],
+        ),
         (["--attn-top-p", "0.9", "--index-top-p", "0.8"], ["every --attn-top-p is above"]),
         (["--preset", "lean", "--index-top-p", "0.9"], ["'lean' has no index grade"]),
         (["--preset", "fast"], ["preset is 'fast'"]),

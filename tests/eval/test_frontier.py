@@ -150,7 +150,7 @@ def test_a_run_cut_short_goes_on(
     ("wrong", "words"),
     [
         (["--only", "balanced,nonsense"], "--only names 'nonsense'; allowed: balanced, lean"),
-        (["--cache-share", "0.1,2"], "--cache-share is '2'; it must be a share in (0, 1]"),
+        (["--cache-share", "0.1,2"], "--cache-share is '2'; it must be a number in (0, 1]"),
         (["--cache-share", "all"], "--cache-share is 'all'"),
         (["--passages", "0"], "passages is 0"),
     ],

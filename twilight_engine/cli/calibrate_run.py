@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from twilight_engine.cli.calibrate import INDEX_MASSES, WITH_V_INDEX, WITHOUT_V_INDEX
+from twilight_engine.cli.configs import parse_shares
 from twilight_engine.cli.errors import FAILED, end
 from twilight_engine.cli.evaluate_run import PLAIN_WIDTH, read_texts
 from twilight_engine.config import KVConfig, SparseConfig
@@ -195,26 +196,16 @@ def parse_masses(options: CalibrateRun) -> Masses:
     if options.index_top_p is not None and not graded:
         raise ValueError(f"--index-top-p is given; preset {options.preset!r} has no index grade")
     words = options.attn_top_p or (WITH_V_INDEX if graded else WITHOUT_V_INDEX)
-    attn = numbers("--attn-top-p", words)
+    attn = parse_shares("--attn-top-p", [words])
     index: Sequence[float | None] = [None]
     if graded:
-        index = numbers("--index-top-p", options.index_top_p or INDEX_MASSES)
+        index = parse_shares("--index-top-p", [options.index_top_p or INDEX_MASSES])
     pairs = [(p, q) for p in attn for q in index if q is None or p <= q]
     if not pairs:
         raise ValueError(
             "every --attn-top-p is above every --index-top-p; the latter must reach it"
         )
-    for p, q in pairs:
-        sparse.replace(attn_top_p=p, index_top_p=q)  # checks the ranges
     return pairs
-
-
-def numbers(option: str, text: str) -> list[float]:
-    """'0.5,0.6' -> numbers, each once, ascending."""
-    try:
-        return sorted({float(word) for word in text.split(",")})
-    except ValueError:
-        raise ValueError(f"{option} is {text!r}; it must be numbers with commas") from None
 
 
 def check_sample(options: CalibrateRun) -> None:

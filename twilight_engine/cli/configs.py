@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from twilight_engine.config import DEFAULT_PRESET, MAGICPIG_LSH, KVConfig, SparseConfig
@@ -96,3 +97,20 @@ def parse_mass(option: str, text: str) -> float | None:
         return float(text)
     except ValueError:
         raise ValueError(f"{option} is {text!r}; it must be a number in (0, 1] or 'none'") from None
+
+
+def parse_shares(option: str, words: Sequence[str]) -> tuple[float, ...]:
+    """'0.8,0.9' and '0.95' -> numbers, each once, ascending.
+
+    Raises: ValueError for what is no number in (0, 1].
+    """
+    found = set()
+    for part in (part.strip() for word in words for part in word.split(",")):
+        try:
+            share = float(part)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise ValueError(f"{option} is {part!r}; it must be a number in (0, 1]")
+        found.add(share)
+    return tuple(sorted(found))

@@ -10,6 +10,7 @@ import typer
 
 from twilight_engine.cli import frontier_report as report
 from twilight_engine.cli import options
+from twilight_engine.cli.configs import parse_shares
 from twilight_engine.cli.errors import OneLineErrors
 from twilight_engine.cli.evaluate_budget import budget
 from twilight_engine.cli.evaluate_lm_eval import lm_eval
@@ -71,10 +72,10 @@ def frontier(
     bytes behind a row cache, and device bytes; which points no other dominates.
     """
     from rich.console import Console
-    from rich.progress import Progress
 
     from twilight_engine.eval.frontier_plot import plot_frontier
     from twilight_engine.eval.frontier_run import frontier as run
+    from twilight_engine.eval.progress import EvalProgress
     from twilight_engine.eval.records import RunFolder
     from twilight_engine.eval.simulation.sweep import gradings
     from twilight_engine.eval.tasks.ppl import passages as cut
@@ -82,7 +83,7 @@ def frontier(
     from twilight_engine.runtime.arguments import check_at_least_one, pick_device
 
     check_at_least_one(passages=passages)
-    shares = report.parse_shares(cache_share)
+    shares = parse_shares("--cache-share", [cache_share])
     texts = read_texts(text)
     loaded = load_model(model, dtype=dtype, device=pick_device(device))
     if loaded.tokenizer is None:
@@ -91,15 +92,15 @@ def frontier(
     chosen = cut(loaded.tokenizer, texts, length=length, targets=targets, count=passages)
     settings = report.frontier_settings(model, loaded, chosen, shares)
     folder = RunFolder(out, settings)
-    with Progress(console=Console(stderr=True)) as bars:
-        bar = bars.add_task("gradings", total=len(sweep) * len(chosen))
+    with EvalProgress(len(sweep) * len(chosen), show=sys.stderr.isatty()) as progress:
+        progress.doing("gradings")
         points = run(
             loaded.model,
             chosen,
             sweep,
             folder,
             cache_shares=shares,
-            progress=lambda count: bars.update(bar, advance=count),
+            progress=progress.done,
         )
     written = out / "frontier.json", out / "frontier.png"
     report.write_json(settings, points, written[0])

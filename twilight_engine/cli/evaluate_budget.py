@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from twilight_engine.cli import options
-from twilight_engine.cli.evaluate_run import PLAIN_WIDTH, read_texts
+from twilight_engine.cli.configs import parse_shares
+from twilight_engine.cli.evaluate_run import PLAIN_WIDTH, model_settings, read_texts
 from twilight_engine.cli.evaluate_tasks import TASK, Targets, Text
 from twilight_engine.cli.machine import ran_on
 
@@ -68,7 +69,7 @@ def budget(
     from twilight_engine.runtime.arguments import check_at_least_one, context_length, pick_device
 
     check_at_least_one(length=length, targets=targets, passages=passages)
-    masses = parse_masses(p)
+    masses = parse_shares("--p", p)
     shown = pick_shown(masses, at)
     check_context(length, targets)
     texts = read_texts(text)
@@ -138,35 +139,14 @@ def budget_settings(model: str, loaded: LoadedModel, passages: Sequence[Passage]
     """What decides about results besides the masses."""
     from twilight_engine.eval.run import Workload
 
-    config, first = loaded.config, passages[0]
+    first = passages[0]
     length = len(first.context_ids) + len(first.target_ids)
     return {
-        "task": "budget",
-        "model": Path(model).name,
-        "shape": f"{config.num_layers} layers, hidden {config.hidden_size}",
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": loaded.model.device.type,
+        **model_settings("budget", model, loaded),
         "tokens": length,
         "targets": len(first.target_ids),
         "passages": f"{len(passages)}, {Workload(length, passages).digest}",
     }
-
-
-def parse_masses(words: Sequence[str]) -> tuple[float, ...]:
-    """'0.8,0.9' and '0.95' -> numbers, each once, ascending.
-
-    Raises: ValueError for what is no number in (0, 1].
-    """
-    found = set()
-    for part in (part.strip() for word in words for part in word.split(",")):
-        try:
-            mass = float(part)
-        except ValueError:
-            mass = 0.0
-        if not 0 < mass <= 1:
-            raise ValueError(f"--p is {part!r}; it must be a number in (0, 1]")
-        found.add(mass)
-    return tuple(sorted(found))
 
 
 def pick_shown(masses: Sequence[float], at: float | None) -> float:

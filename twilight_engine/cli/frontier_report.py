@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twilight_engine.cli.evaluate_run import model_settings
 from twilight_engine.cli.machine import ran_on
 
 if TYPE_CHECKING:
@@ -37,23 +38,6 @@ def pick(sweep: dict[str, Grading], only: str | None) -> dict[str, Grading]:
     return {name: sweep[name] for name in names}
 
 
-def parse_shares(text: str) -> tuple[float, ...]:
-    """'0.03,0.125' -> numbers, each once, ascending.
-
-    Raises: ValueError for what is no share in (0, 1].
-    """
-    found = set()
-    for part in text.split(","):
-        try:
-            share = float(part)
-        except ValueError:
-            share = 0.0
-        if not 0 < share <= 1:
-            raise ValueError(f"--cache-share is {part.strip()!r}; it must be a share in (0, 1]")
-        found.add(share)
-    return tuple(sorted(found))
-
-
 def frontier_settings(
     model: str, loaded: LoadedModel, passages: Sequence[Passage], cache_shares: Sequence[float]
 ) -> dict[str, Any]:
@@ -62,10 +46,7 @@ def frontier_settings(
 
     first = passages[0]
     return {
-        "task": "frontier",
-        "model": Path(model).name,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": loaded.model.device.type,
+        **model_settings("frontier", model, loaded),
         "tokens": len(first.context_ids) + len(first.target_ids),
         "targets": len(first.target_ids),
         "passages": [passage.item_id for passage in passages],

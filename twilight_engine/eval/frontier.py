@@ -14,7 +14,7 @@ import torch
 from twilight_engine.eval.records import Record
 from twilight_engine.eval.simulation.attention import LayerTrace
 from twilight_engine.eval.simulation.grading import Grading
-from twilight_engine.eval.simulation.passage import Outcome, kl_divergence
+from twilight_engine.eval.simulation.passage import Outcome, kl_divergence, log_loss
 from twilight_engine.eval.simulation.row_cache import cache_slots, lru_misses
 from twilight_engine.models.decoder import DecoderModel
 
@@ -101,8 +101,8 @@ def measure(
     rows, index_rows = figures["exact_rows"], figures["index_rows"]
     return {
         "kl": kl_divergence(dense.log_probs, outcome.log_probs).mean().item(),
-        "nll": _log_loss(outcome, targets),
-        "nll_dense": _log_loss(dense, targets),
+        "nll": log_loss(outcome.log_probs, targets),
+        "nll_dense": log_loss(dense.log_probs, targets),
         "top1": (outcome.log_probs.argmax(-1) == dense.log_probs.argmax(-1)).float().mean().item(),
         **figures,
         "exact_share": rows / length,
@@ -162,11 +162,6 @@ def _caches(
             }
         )
     return found
-
-
-def _log_loss(outcome: Outcome, targets: torch.Tensor) -> float:
-    """Mean negative log-probability of the targets."""
-    return -outcome.log_probs.gather(-1, targets[:, None]).mean().item()
 
 
 def points(name: str, records: Sequence[Record]) -> list[FrontierPoint]:

@@ -16,6 +16,7 @@ from twilight_engine.eval.simulation.grading import Grading
 from twilight_engine.eval.simulation.passage import (
     PrefilledPassage,
     kl_divergence,
+    log_loss,
     prefill_passage,
     run_steps,
     simulate,
@@ -136,7 +137,7 @@ def _run_passage(
         page_size=KV.page_size,
     )
     dense = run_steps(model, prefilled, observer)
-    nll = _log_loss(dense, prefilled.next_ids)
+    nll = log_loss(dense, prefilled.next_ids)
 
     def add(rule: str, p: float, measured: Record) -> None:
         key = {"length": length, "item": passage.item_id, "method": record_name(rule, p)}
@@ -160,7 +161,7 @@ def _rule_record(
     traces = [outcome.traces[layer] for layer in sorted(outcome.traces)]
     mass = torch.stack([trace.mass for trace in traces])
     return {
-        "nll": _log_loss(outcome.log_probs, passage.next_ids),
+        "nll": log_loss(outcome.log_probs, passage.next_ids),
         "kl": kl_divergence(dense, outcome.log_probs).mean().item(),
         "mass": mass.mean().item(),
         "index_rows": torch.stack([t.index_rows for t in traces]).double().mean().item(),
@@ -212,8 +213,3 @@ def _rounded(x: Tensor) -> Any:
     """Nested lists of floats, short on disk."""
     scale = 10**DIGITS
     return ((x.double() * scale).round() / scale).tolist()
-
-
-def _log_loss(log_probs: Tensor, targets: Tensor) -> float:
-    """Mean negative log-probability of the targets."""
-    return -log_probs.gather(-1, targets[:, None]).mean().item()

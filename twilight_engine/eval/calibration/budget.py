@@ -7,10 +7,9 @@ import re
 from dataclasses import dataclass
 
 from twilight_engine.config import KVConfig
+from twilight_engine.eval.frontier import ITEM_BYTES
 from twilight_engine.eval.memory import GIB, KEPT_TIERS
 from twilight_engine.kv.plan import MemoryPlan, ModelShape, plan_memory
-
-ITEM_BYTES = 2  # bytes are counted for 16-bit rows, whatever dtype the simulation runs in
 
 
 @dataclass(frozen=True)

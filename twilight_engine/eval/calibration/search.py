@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from twilight_engine.eval.calibration.budget import ITEM_BYTES, DeviceBudget
+from twilight_engine.eval.calibration.budget import DeviceBudget
 from twilight_engine.eval.calibration.quotas import Array, best_parts, fetched_rows
 from twilight_engine.eval.calibration.sample import Measurement, Sample, Setting
+from twilight_engine.eval.frontier import ITEM_BYTES
 from twilight_engine.eval.summary import Estimate
 
 GRID, DENSE, BY_LAYER = "masses", "dense layers", "by layer"

@@ -138,3 +138,8 @@ def run_steps(model: DecoderModel, passage: PrefilledPassage, attend: Attend) ->
 def kl_divergence(dense: Tensor, other: Tensor) -> Tensor:
     """[T] KL(dense || other) in nats of log-probabilities [T, V]."""
     return (dense.exp() * (dense - other)).sum(-1)
+
+
+def log_loss(log_probs: Tensor, targets: Tensor) -> float:
+    """Mean negative log-probability of the targets [T], of log-probabilities [T, V]."""
+    return -log_probs.gather(-1, targets[:, None]).mean().item()
