@@ -38,7 +38,10 @@ def filled() -> tuple[StepLog, dict[int, list[tuple[int, int]]]]:
         values = torch.arange(len(visits) * HEADS, dtype=torch.int32).view(-1, HEADS)
         counts = {column: values + 10 * t + column for column in (EXACT, INDEX, MISSED, DIRECT)}
         for layer in (1, 2):
-            log.record_layer(layer, counts, values / 10 + t)
+            log.record_layer(layer, {c: counts[c] for c in (EXACT, INDEX)})
+            at, n = log.layer(layer), len(visits)
+            at.missed[:n], at.direct[:n] = counts[MISSED], counts[DIRECT]
+            at.mass[:n] = values / 10 + t
         log.end_step()
         for b, visit in enumerate(visits):
             places.setdefault(visit[0], []).append((t, b))

@@ -66,6 +66,21 @@ class Steps:
 
 
 @dataclass(frozen=True)
+class LayerCounts:
+    """Where a layer's kernels write what they count in a step, [B, H] each, B the most sequences.
+
+    The columns of Steps, exact to direct as int32 and mass as float32; zero, and mass one, where
+    nothing is written.
+    """
+
+    exact: Tensor
+    index: Tensor
+    missed: Tensor
+    direct: Tensor
+    mass: Tensor
+
+
+@dataclass(frozen=True)
 class Visit:
     """One sequence in one step: who, how many tokens it sees, and where its window starts."""
 
@@ -116,7 +131,8 @@ class StepLog:
     _link: list[list[Callable[[], float]]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        shape = (self.block_steps, self.num_layers, self.max_num_seqs, self.num_kv_heads)
+        rows = (self.max_num_seqs, self.num_kv_heads)
+        steps = (self.block_steps, self.num_layers)
         self.counters = torch.zeros(
             self.num_layers, NUM_COUNTERS, dtype=torch.int64, device=self.device
         )
@@ -124,8 +140,8 @@ class StepLog:
         self._no_fetch = no_fetch.expand(self.num_layers, 2).contiguous()
         self.link_ns = self._no_fetch.clone()
         self._link_ns = self._no_fetch.repeat(self.block_steps, 1, 1)
-        self._counts = torch.zeros(*shape, NUM_COUNTS, dtype=torch.int32, device=self.device)
-        self._mass = torch.ones(shape, dtype=torch.float32, device=self.device)
+        self._counts = torch.zeros(*steps, NUM_COUNTS, *rows, dtype=torch.int32, device=self.device)
+        self._mass = torch.ones(*steps, *rows, dtype=torch.float32, device=self.device)
         self._step_counts = torch.zeros_like(self._counts[0])
         self._step_mass = torch.ones_like(self._mass[0])
         # The counters before and after each step; what prefill counts in between is not a step's.
@@ -149,12 +165,15 @@ class StepLog:
         self._pending.append(sequences)
         self._link.append([])
 
-    def record_layer(self, layer: int, counts: dict[int, Tensor], mass: Tensor | None) -> None:
-        """Keep a layer's counts (column -> [B, H] int32) and mass ([B, H])."""
+    def layer(self, layer: int) -> LayerCounts:
+        """A layer's counts of the current step, for its kernels to write: no copy is needed."""
+        exact, index, missed, direct = self._step_counts[layer]
+        return LayerCounts(exact, index, missed, direct, self._step_mass[layer])
+
+    def record_layer(self, layer: int, counts: dict[int, Tensor]) -> None:
+        """Copy a layer's counts (column -> [B, H] int32) that were not written in place."""
         for column, values in counts.items():
-            self._step_counts[layer, : values.shape[0], :, column].copy_(values)
-        if mass is not None:
-            self._step_mass[layer, : mass.shape[0]].copy_(mass)
+            self._step_counts[layer, column, : values.shape[0]].copy_(values)
 
     def end_step(self) -> None:
         """Close the step: its counters are what was added since begin_step."""
@@ -193,7 +212,7 @@ class StepLog:
                 ids=visits[0],
                 context=visits[1],
                 window_start=visits[2],
-                counts=self._counts[:steps].cpu().numpy().astype(np.int64),
+                counts=np.moveaxis(self._counts[:steps].cpu().numpy().astype(np.int64), 2, -1),
                 mass=self._mass[:steps].cpu().numpy().copy(),
                 counters=totals[1] - totals[0],
                 link_seconds=self._link_seconds(),

@@ -18,7 +18,7 @@ from twilight_engine.ops.append_rows import append_rows
 from twilight_engine.ops.attend_rows import attend_rows
 from twilight_engine.ops.index_pages import index_window_pages
 from twilight_engine.ops.merge_states import merge_states
-from twilight_engine.telemetry import EXACT, MISSED
+from twilight_engine.telemetry import MISSED
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # q [B, Hq, D], k and v [B, Hkv, D]
 
@@ -78,7 +78,7 @@ class HostFetchLayer:
         append_rows(k, v, graded.windows, graded.tiers.host, meta)
         index_window_pages(graded.windows, meta, graded.index)
         counts = graded.prune(q, meta).exact.counts
-        self.cache.log.record_layer(graded.layer, {EXACT: counts, MISSED: counts}, None)
+        self.cache.log.record_layer(graded.layer, {MISSED: counts})
 
     def _attend(self) -> Tensor:
         """[B, Hq, D]."""

@@ -26,7 +26,7 @@ from twilight_engine.layout import (
     StepMeta,
 )
 from twilight_engine.ops.gather_rows import gather_rows
-from twilight_engine.telemetry import EXACT
+from twilight_engine.telemetry import DIRECT, MISSED
 
 State = tuple[Tensor, Tensor]
 MakeAttention = Callable[[KVCache, int, Sequence[SparseConfig]], "OpenGraded"]
@@ -71,9 +71,7 @@ class ZeroCopyRows(OpenGraded):
                 f"{self.most_rows} rows takes {lists * self.most_rows}"
             )
 
-    def _fetch(
-        self, exact: RowLists, meta: StepMeta, buffers: StepBuffers
-    ) -> tuple[Tensor, FetchLists]:
+    def _fetch(self, exact: RowLists, meta: StepMeta, buffers: StepBuffers) -> Tensor:
         most = self.most_rows
         fetch = staged_lists(exact, meta, self._hot.first_row, most)
         buffers.locations[..., :most] = fetch.dst
@@ -82,7 +80,8 @@ class ZeroCopyRows(OpenGraded):
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(self.cache.device))
         gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters, stream=stream)
-        return buffers.locations, fetch
+        self.cache.log.record_layer(self.layer, {MISSED: fetch.counts, DIRECT: fetch.direct})
+        return buffers.locations
 
     @property
     def _hot(self) -> HotRows:
@@ -106,8 +105,7 @@ class QuestPages(ZeroCopyRows):
         kept = self.selector.select(q, view)
         assert kept is not None
         exact = lists_of_blocks(kept, meta, self.index.candidate_block, buffers.pruned.exact)
-        locations, fetch = self._fetch(exact, meta, buffers)
-        self._log({EXACT: exact.counts}, fetch, None)
+        locations = self._fetch(exact, meta, buffers)
         return [self._attend_exact(q, exact, locations, meta)]
 
 

@@ -151,8 +151,9 @@ class DecodeAttention:
         """Hand a graded layer that is audited in this step to the auditor."""
         for audit in self._audits:
             if audit.layer == layer:
-                assert self._auditor is not None and self.cache.buffers is not None
-                self._auditor.check(audit, q, out, self.cache.buffers.first(q.shape[0]).pruned)
+                assert self._auditor is not None
+                pruned = self.cache.buffers[layer].first(q.shape[0]).pruned
+                self._auditor.check(audit, q, out, pruned)
 
     def end_step(self) -> None:
         """Close the step's log."""

@@ -16,7 +16,7 @@ from twilight_engine.attention.selectors import (
 from twilight_engine.config import SparseConfig
 from twilight_engine.kv.cache import KVCache
 from twilight_engine.kv.tiers import StepBuffers
-from twilight_engine.layout import FetchLists, Pruned, RowLists, StepMeta
+from twilight_engine.layout import Pruned, RowLists, StepMeta
 from twilight_engine.ops.attend_index import attend_index
 from twilight_engine.ops.attend_means import attend_means
 from twilight_engine.ops.attend_rows import attend_rows
@@ -26,7 +26,6 @@ from twilight_engine.ops.gather_rows import gather_rows
 from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.ops.prune import list_all, prune
 from twilight_engine.ops.resolve_rows import resolve_rows
-from twilight_engine.telemetry import DIRECT, EXACT, INDEX, MISSED
 
 State = tuple[Tensor, Tensor]  # out [N, Hq, D] float32, lse [N, Hq]
 
@@ -83,8 +82,7 @@ class GradedAttention:
             exact = list_all(
                 meta, self.windows.num_kv_heads, self.cache.plan.capacity, out=buffers.pruned.exact
             )
-            locations, fetch = self._fetch(exact, meta, buffers)
-            self._log({EXACT: exact.counts}, fetch, None)
+            locations = self._fetch(exact, meta, buffers)
             states = [self._attend_exact(q, exact, locations, meta)]
         else:
             states = self._attend_graded(q, meta, buffers)
@@ -93,15 +91,12 @@ class GradedAttention:
 
     def _attend_graded(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> list[State]:
         pruned, scores = self._prune(q, meta, buffers)
-        locations, fetch = self._fetch(pruned.exact, meta, buffers)
-        counts = {EXACT: pruned.exact.counts}
+        locations = self._fetch(pruned.exact, meta, buffers)
         states: list[State] = []
         if self.index_top_p is not None:
-            counts[INDEX] = pruned.index.counts
             states.append(attend_index(scores, self.index, pruned.index, meta))
         if self.config.tail == "mean":
             states.append(attend_means(scores, pruned.grades, self.index, meta))
-        self._log(counts, fetch, pruned.mass)
         states.append(self._attend_exact(q, pruned.exact, locations, meta))
         return states
 
@@ -154,10 +149,8 @@ class GradedAttention:
         )
         return pruned, scores
 
-    def _fetch(
-        self, exact: RowLists, meta: StepMeta, buffers: StepBuffers
-    ) -> tuple[Tensor, FetchLists]:
-        """Resolve against the hot rows and start the gather of what they lack."""
+    def _fetch(self, exact: RowLists, meta: StepMeta, buffers: StepBuffers) -> Tensor:
+        """Resolve against the hot rows and start the gather of what they lack -> locations."""
         counters = self.cache.log.counters[self.layer]
         locations, fetch = resolve_rows(
             exact,
@@ -171,12 +164,12 @@ class GradedAttention:
         if stream is None:
             with self.cache.log.time_link():
                 gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
-            return locations, fetch
+            return locations
         stream.wait_stream(torch.cuda.current_stream(self.cache.device))
         times = self.cache.log.link_ns[self.layer]
         with torch.cuda.stream(stream):
             gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters, times=times)
-        return locations, fetch
+        return locations
 
     def _attend_exact(self, q: Tensor, exact: RowLists, locations: Tensor, meta: StepMeta) -> State:
         """Attend over resident and fetched rows, once the gather has landed."""
@@ -194,13 +187,9 @@ class GradedAttention:
         )
 
     def _buffers(self, n: int) -> StepBuffers:
-        buffers = self.cache.buffers
-        assert buffers is not None and n <= buffers.scores.shape[0]
+        buffers = self.cache.buffers[self.layer]
+        assert n <= buffers.scores.shape[0]
         return buffers.first(n)
-
-    def _log(self, counts: dict[int, Tensor], fetch: FetchLists, mass: Tensor | None) -> None:
-        counts = {**counts, MISSED: fetch.counts, DIRECT: fetch.direct}
-        self.cache.log.record_layer(self.layer, counts, mass)
 
 
 def _shared(layer: int, configs: Sequence[SparseConfig]) -> SparseConfig:

@@ -89,7 +89,7 @@ class StreamedAttention:
         states = [attend_pages(q, self._view(staging), self._table, old, softmax_scale=scale)]
         listed = (old.positions + 1 - old.ctx_starts).clamp(min=0).int()
         rows = listed[:, None].expand(-1, self.cache.model.num_kv_heads)
-        self.cache.log.record_layer(layer, {EXACT: rows, MISSED: rows}, None)
+        self.cache.log.record_layer(layer, {EXACT: rows, MISSED: rows})
         tiers = self.cache.layers[layer]
         assert tiers.windows is not None and self._no_list is not None
         exact, locations = self._no_list

@@ -121,7 +121,7 @@ class KVCache:
             else tiers.sparse_layer(self.host.layer(i), self.step, self.plan.hot_slots[i])
             for i in range(model.num_layers)
         ]
-        self.buffers = tiers.step_buffers() if self.sparse_layers else None
+        self.buffers = tiers.step_buffers({i: self.log.layer(i) for i in self.sparse_layers})
         self._free_slots = list(range(max_num_seqs))[::-1]
         self._next_id = 0
         self._next_epoch = 1
@@ -252,7 +252,7 @@ class KVCache:
             torch.cuda.synchronize(self.device)
         self._reclaim(wait=True)
         self.layers = []
-        self.buffers = None
+        self.buffers = {}
         self.host.close()
 
     def __enter__(self) -> KVCache:

@@ -23,6 +23,7 @@ from twilight_engine.layout import (
     RowLists,
     Windows,
 )
+from twilight_engine.telemetry import LayerCounts
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class LayerKV:
 
 @dataclass(frozen=True)
 class StepBuffers:
-    """What a step of a sparse layer writes, at fixed addresses; shared by all layers."""
+    """What a step of a sparse layer writes, at fixed addresses.
+
+    All layers share the large tensors; counts and mass are the layer's own, in the step's log.
+    """
 
     scores: Tensor  # [N, Hq, C] float32
     weights: Tensor  # [N, Hkv, C] float32, scratch of prune
@@ -126,28 +130,33 @@ class TierShape:
         centres = torch.zeros(shape, dtype=torch.float32, device=self.device)
         return LshHashes(self.config.lsh[0], self._projections, centres)
 
-    def step_buffers(self) -> StepBuffers:
-        """Buffers for max_num_seqs query rows of capacity tokens."""
+    def step_buffers(self, counts: dict[int, LayerCounts]) -> dict[int, StepBuffers]:
+        """Buffers for max_num_seqs query rows of capacity tokens, by layer, as `counts` is."""
         n, heads, capacity = self.max_num_seqs, self.model.num_kv_heads, self.plan.capacity
 
         def ints() -> Tensor:
             return torch.full((n, heads, capacity), NO_ROW, dtype=torch.int32, device=self.device)
 
-        def counts() -> Tensor:
-            return torch.zeros(n, heads, dtype=torch.int32, device=self.device)
-
         def floats(heads: int) -> Tensor:
             return torch.zeros(n, heads, capacity, device=self.device)
 
-        return StepBuffers(
-            scores=floats(self.model.num_q_heads),
-            weights=floats(heads),
-            pruned=Pruned(
-                exact=RowLists(ints(), counts()),
-                index=RowLists(ints(), counts()),
-                grades=torch.zeros(n, heads, capacity, dtype=torch.uint8, device=self.device),
-                mass=torch.zeros(n, heads, device=self.device),
-            ),
-            locations=ints(),
-            fetch=FetchLists(ints(), ints(), counts(), counts()),
-        )
+        if not counts:
+            return {}
+        scores, weights, locations = floats(self.model.num_q_heads), floats(heads), ints()
+        exact, index, src, dst = ints(), ints(), ints(), ints()
+        grades = torch.zeros(n, heads, capacity, dtype=torch.uint8, device=self.device)
+        return {
+            layer: StepBuffers(
+                scores=scores,
+                weights=weights,
+                pruned=Pruned(
+                    exact=RowLists(exact, at.exact),
+                    index=RowLists(index, at.index),
+                    grades=grades,
+                    mass=at.mass,
+                ),
+                locations=locations,
+                fetch=FetchLists(src, dst, at.missed, at.direct),
+            )
+            for layer, at in counts.items()
+        }
