@@ -13,7 +13,7 @@ CPP := $(wildcard engine/*.h engine/*.cpp csrc/*.h csrc/*.cuh csrc/*.cu csrc/*.c
 WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
-.PHONY: demo test test-slow test-gpu test-sanitizers check format bench wheel clean
+.PHONY: demo test test-slow test-gpu test-sanitizers test-gpu-sanitizers sanitize check format bench wheel clean
 
 demo: $(READY)
 	$(PY) -m twilight_engine.cli.main demo
@@ -34,6 +34,24 @@ test-sanitizers:
 	  $(CXX) -std=c++20 -O1 -g -Wall -Wextra -Werror -fno-sanitize-recover=all -fsanitize=$$s -I. \
 	    engine/*.cpp tests/engine/*.cpp -o build/engine_stress -pthread && build/engine_stress || exit 1; \
 	done
+
+# The kernels under compute-sanitizer, some cases of each op test (racecheck takes long: one). Every
+# tensor is an allocation of its own, so that what lies beyond it is found; captures can't be then.
+# One group or tool: make sanitize TOOL=racecheck OPS='attend_*'
+TOOL ?= memcheck
+OPS ?= *
+CASES ?= $(if $(filter racecheck,$(TOOL)),1,4)
+SANITIZED := 'a*' '[b-g]*' '[h-l]*' '[m-p]*' '[q-z]*'
+
+test-gpu-sanitizers: $(READY)
+	for tool in memcheck racecheck; do for ops in $(SANITIZED); do \
+	  $(MAKE) sanitize TOOL=$$tool OPS="$$ops" || exit 1; \
+	done; done
+
+sanitize: $(READY)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(TOOL) --kernel-name kns=twilight \
+	  --report-api-errors no --error-exitcode 1 \
+	  $(PY) -m pytest -q -m "gpu and not slow" -k "not captur" --gpu-cases $(CASES) tests/ops/test_$(OPS).py
 
 check: $(READY)
 	$(PY) -m ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -72,7 +73,9 @@ def _time(
                 form(k, v)
 
     try:
-        attend()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that say why the other backends are not used
+            attend()
     except RuntimeError:  # "No available kernel": torch's only way to say so
         return None
     work = Replay(machine.device, attend, warm=True)

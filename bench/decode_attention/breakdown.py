@@ -30,7 +30,8 @@ from twilight_engine.ops.prune import allocate_pruned, prune
 from twilight_engine.ops.resolve_rows import resolve_rows
 
 BEFORE_ATTENTION = ("append", "select", "estimate", "errors", "prune", "resolve", "fetch")
-OPS = (*BEFORE_ATTENTION, "attend_index", "attend_means", "attend_rows", "merge")
+ATTENTION = ("attend_index", "attend_means", "attend_rows", "merge")
+OPS = (*BEFORE_ATTENTION, *ATTENTION)
 HOT_STATE = ("slot_map", "slot_key", "slot_stamp", "set_mean")
 
 
@@ -188,7 +189,7 @@ def time_ops(
     fetch_warm_us = 0.0
     for name in layers[0].names():
         restore = _restorer(layers) if name == "resolve" else lambda: None
-        work = Replay(workload.device, partial(_run_all, layers, name))
+        work = Replay(workload.device, partial(run_all, layers, name))
 
         def before(restore: Callable[[], None] = restore, cold: bool = name == "fetch") -> None:
             restore()
@@ -216,9 +217,11 @@ def time_ops(
     )
 
 
-def _run_all(layers: list[LayerOps], name: str) -> None:
+def run_all(layers: list[LayerOps], *names: str) -> None:
+    """The named ops of each layer, one layer after another."""
     for layer in layers:
-        layer.op(name)()
+        for name in names:
+            layer.op(name)()
 
 
 def _restorer(layers: list[LayerOps]) -> Callable[[], None]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from decode_attention.baselines import best_sdpa
-from decode_attention.breakdown import OpTimes, time_ops
+from decode_attention.breakdown import ATTENTION, OpTimes, time_ops
+from decode_attention.calibration import Match, calibrate
 from decode_attention.floors import (
     StepBytes,
     floor_us,
@@ -16,12 +17,11 @@ from decode_attention.floors import (
 from decode_attention.policies import PolicyDecode
 from decode_attention.setting import Setting, print_table
 from decode_attention.steps import StepTimes, measure_steps
-from decode_attention.workload import Match, Workload
+from decode_attention.workload import Workload
 from twilight_engine.attention.decode import DecodeAttention
 from twilight_engine.config import KVConfig, SparseConfig
 
-STREAMED_STEPS = (1, 4)  # timed from, until: a dense step over the link takes long
-ATTEND_OPS = ("attend_index", "attend_means", "attend_rows", "merge")
+STREAMED_STEPS = (1, 3)  # timed from, until: a dense step over the link takes long
 BALANCED = SparseConfig.preset("balanced")
 
 
@@ -40,15 +40,12 @@ class Measured:
         return self.step.us["us"]
 
 
-def calibrate(workload: Workload, decode: PolicyDecode) -> Match:
-    """Set the workload's queries by this decode's pipeline, from the prompt on."""
-    decode.begin_step()
-    decode.advance()
-    meta = decode.meta
-    match = workload.calibrate(lambda layer, q: decode.layers[layer].prune(q, meta).exact)
-    decode.end_step()
-    workload.rewind()
-    return match
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What a run knows of one shape."""
+
+    found: Measured
+    metrics: dict[str, float]
 
 
 def new_decode(workload: Workload, sparse: SparseConfig) -> PolicyDecode:
@@ -76,7 +73,7 @@ def measure(setting: Setting, workload: Workload) -> Measured:
         itemsize=cache.dtype.itemsize,
         kv=cache.config,
         balanced=True,
-        margin=True,
+        margin="errors" in ops.us,
         granules=ops.granules_by_row * step.rows.missed,
     )
     row = shape.num_kv_heads * shape.head_dim * cache.dtype.itemsize * 2
@@ -102,13 +99,9 @@ def metrics_of(setting: Setting, workload: Workload, found: Measured) -> dict[st
         "hbm_gbps": rates.hbm_gbps,
         "link_gbps": rates.link_gbps,
         "granules_per_s": rates.granules_per_s,
-        "estimate_us": ops["estimate"],
-        "errors_us": ops["errors"],
-        "prune_us": ops["prune"],
-        "resolve_us": ops["resolve"],
-        "fetch_us": ops["fetch"],
+        **{f"{name}_us": us for name, us in ops.items()},
         "fetch_warm_us": found.ops.fetch_warm_us,
-        "attend_us": sum(ops[name] for name in ATTEND_OPS),
+        "attend_us": sum(ops[name] for name in ATTENTION),
         "exact_rows": rows.exact / heads,
         "index_rows": rows.index / heads,
         "hit_rate": rows.hit_rate,
@@ -118,26 +111,37 @@ def metrics_of(setting: Setting, workload: Workload, found: Measured) -> dict[st
     }
 
 
+def point(setting: Setting, tokens: int, batch: int) -> Point:
+    """One shape, measured once a run: several cases show it."""
+    known = setting.points.get((tokens, batch))
+    if known is not None:
+        return known
+    shape = setting.gqa(tokens, batch)
+    with setting.workload(
+        shape, KVConfig(dense_layers=()), tokens, batch, share=setting.share
+    ) as workload:
+        found = measure(setting, workload)
+        metrics = metrics_of(setting, workload, found)
+        metrics["dense_streamed_us"] = _streamed(setting, workload)
+    sdpa = best_sdpa(setting.machine, shape, tokens, batch, setting.dtype, setting.repeats)
+    metrics["sdpa_hbm_us"] = min(sdpa.values())
+    made = setting.points[tokens, batch] = Point(found, metrics)
+    return made
+
+
+def _streamed(setting: Setting, workload: Workload) -> float:
+    """Microseconds of a layer's dense step over the link."""
+    dense = [SparseConfig(policy="dense")] * workload.batch
+    decode = DecodeAttention(workload.cache, workload.sequences, dense)
+    warm, stop = STREAMED_STEPS
+    return measure_steps(workload, setting.machine, decode, warm=warm, stop=stop).us["us"]
+
+
 def sweep(setting: Setting, case: str, points: list[tuple[int, int]]) -> None:
     """The operator beside dense attention in HBM and over the link, at (tokens, batch) points."""
     table: list[tuple[object, ...]] = []
     for tokens, batch in points:
-        shape = setting.gqa(tokens, batch)
-        with setting.workload(
-            shape, KVConfig(dense_layers=()), tokens, batch, share=setting.share
-        ) as workload:
-            found = measure(setting, workload)
-            metrics = metrics_of(setting, workload, found)
-            dense = DecodeAttention(
-                workload.cache, workload.sequences, [SparseConfig(policy="dense")] * batch
-            )
-            warm, stop = STREAMED_STEPS
-            streamed = measure_steps(workload, setting.machine, dense, warm=warm, stop=stop)
-        sdpa = best_sdpa(
-            setting.machine, shape, tokens, batch, setting.dtype, repeats=setting.repeats
-        )
-        metrics["sdpa_hbm_us"] = min(sdpa.values())
-        metrics["dense_streamed_us"] = streamed.us["us"]
+        metrics = point(setting, tokens, batch).metrics
         setting.keep(f"{case}/{tokens}/b{batch}", metrics)
         table.append(sweep_row(f"{tokens}/b{batch}", metrics))
     print_table(
@@ -194,15 +198,8 @@ def breakdown(setting: Setting) -> None:
     """`breakdown/<tokens>/b<batch>`: every op alone beside its own floor."""
     rates = setting.machine.rates
     for tokens, batch in setting.sizes.breakdown:
-        with setting.workload(
-            setting.gqa(tokens, batch),
-            KVConfig(dense_layers=()),
-            tokens,
-            batch,
-            share=setting.share,
-        ) as workload:
-            found = measure(setting, workload)
-            metrics = metrics_of(setting, workload, found)
+        measured = point(setting, tokens, batch)
+        found, metrics = measured.found, dict(measured.metrics)
         table: list[tuple[object, ...]] = []
         for name, times in found.ops.us.items():
             us, num_bytes = times["us"], found.ops_bytes[name]

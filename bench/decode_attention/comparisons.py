@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 from decode_attention.baselines import best_sdpa
-from decode_attention.cases import BALANCED, STREAMED_STEPS, calibrate, new_decode
+from decode_attention.calibration import calibrate
+from decode_attention.cases import BALANCED, STREAMED_STEPS, new_decode
 from decode_attention.host_policies import CpuGather, PageCopies
 from decode_attention.policies import (
     MakeAttention,

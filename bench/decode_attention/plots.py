@@ -18,7 +18,20 @@ OPS = {
     "attend_rows": "#7b5ea7",
     "merge": "#555555",
 }
-POLICY_ORDER = ("balanced", "lean", "paper", "sdpa-resident", "dense-resident", "dense-streamed")
+POLICIES = {  # colour; the engine's presets are drawn thick, what keeps the KV on the device dashed
+    "balanced": "#c1121f",
+    "lean": "#e07a3f",
+    "paper": "#edae49",
+    "sdpa-resident": "#222222",
+    "dense-resident": "#888888",
+    "dense-streamed": "#35618f",
+    "topk-page-copies": "#4c8fbd",
+    "topk-cpu-gather": "#86b7d6",
+    "topk-zero-copy": "#2f6b4f",
+    "topk-previous-set": "#5fa37f",
+    "topk-lru": "#9bc9ae",
+}
+PRESETS = ("balanced", "lean", "paper")
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -82,28 +95,34 @@ def _policies(
     pyplot: Any, lines: dict[str, list[tuple[int, float]]], machine: str, folder: Path
 ) -> Path:
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    order = sorted(lines, key=lambda n: (n not in POLICY_ORDER, -lines[n][-1][1]))
-    for i, name in enumerate(order):
+    for name in sorted(lines, key=lambda name: -lines[name][-1][1]):  # as they end, top to bottom
         tokens, us = zip(*lines[name], strict=True)
-        ours = name in ("balanced", "lean", "paper")
         axes.plot(
             tokens,
             us,
             marker="o",
-            label=name,
-            color=pyplot.cm.tab20(i % 20),
-            linewidth=2.5 if ours else 1.2,
+            markersize=4,
+            label=f"{name}  {us[-1]:,.0f}",
+            color=POLICIES.get(name),
+            linewidth=2.5 if name in PRESETS else 1.2,
             linestyle="--" if "resident" in name else "-",
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = sorted({tokens for points in lines.values() for tokens, _ in points})
-    axes.set_xticks(ticks, [f"{t // 1024}K" if t >= 1024 else str(t) for t in ticks])
+    axes.set_xticks(ticks, [_tokens(t) for t in ticks])
     axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(axis="y", alpha=0.25)
     axes.set_xlabel("tokens")
     axes.set_ylabel("us a layer and step")
     axes.set_title(f"Decode attention by policy, batch 1 ({machine})")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, reverse=True)
+    axes.legend(
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        frameon=False,
+        title=f"us at {_tokens(ticks[-1])} tokens",
+    )
     path = folder / "decode_attention_policies.png"
     figure.savefig(path)
     pyplot.close(figure)
@@ -111,33 +130,40 @@ def _policies(
 
 
 def _breakdown(pyplot: Any, bars: dict[str, dict[str, float]], machine: str, folder: Path) -> Path:
-    figure, axes = pyplot.subplots(figsize=(8, 1.6 + 0.8 * len(bars)))
-    for y, metrics in enumerate(bars.values()):
-        left = 0.0
-        for name, colour in OPS.items():
-            us = metrics.get(f"{name}_us", 0.0)
-            label = name if y == 0 else None
-            axes.barh(y, us, left=left, height=0.55, color=colour, label=label)
+    """A panel a shape, each with a scale of its own: they differ by a factor of ten."""
+    figure, panels = pyplot.subplots(
+        len(bars), figsize=(8, 0.6 + 1.3 * len(bars)), squeeze=False, sharex=False
+    )
+    names = [n for n in OPS if any(bar.get(f"{n}_us", 0.0) > 0 for bar in bars.values())]
+    order = sorted(bars, key=lambda name: [int(x) for x in name.split("/b")])
+    for axes, name in zip(panels[:, 0], order, strict=True):
+        metrics, left = bars[name], 0.0
+        for op in names:
+            us = metrics.get(f"{op}_us", 0.0)
+            axes.barh(0, us, left=left, height=0.6, color=OPS[op], label=op)
             left += us
-        marks = (("floor_us", "floor", "#c1121f", "-"), ("step_us", "whole step", "black", ":"))
-        for key, label, colour, line in marks:
+        for key, label, colour, line in (
+            ("floor_us", "floor", "#c1121f", "-"),
+            ("step_us", "whole step", "black", ":"),
+        ):
             x = metrics[key]
-            axes.plot([x, x], [y - 0.38, y + 0.38], color=colour, linestyle=line, linewidth=2)
+            axes.plot([x, x], [-0.42, 0.42], color=colour, linestyle=line, linewidth=2)
             axes.annotate(
-                f"{label} {x:.0f}",
-                (x, y + 0.38 if key == "floor_us" else y - 0.42),
-                ha="center",
-                va="bottom" if key == "floor_us" else "top",
-                fontsize=7,
-                color=colour,
+                f"{label} {x:,.0f}", (x, 0.45), ha="center", va="bottom", fontsize=8, color=colour
             )
-    axes.set_yticks(range(len(bars)), [name.replace("/b", " tokens, batch ") for name in bars])
-    axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
-    axes.set_ylim(-0.8, len(bars) - 0.3)
-    axes.set_xlabel("us a layer and step, each op alone")
-    axes.set_title(f"Where a step's time goes ({machine})")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+        tokens, batch = name.split("/b")
+        axes.set_yticks([0], [f"{_tokens(int(tokens))} tokens\nbatch {batch}"])
+        axes.set_xlim(0, 1.08 * max(left, metrics["step_us"]))
+        axes.set_ylim(-0.5, 0.8)
+    panels[-1, 0].set_xlabel("us a layer and step; each op alone, cold L2")
+    figure.suptitle(f"Where a step's time goes ({machine})", fontsize="large")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     path = folder / "decode_attention_breakdown.png"
     figure.savefig(path)
     pyplot.close(figure)
     return path
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 1024}K" if count % 1024 == 0 else str(count)

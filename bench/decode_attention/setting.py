@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from harness import record
@@ -15,6 +16,9 @@ from decode_attention.machine import Machine
 from decode_attention.traces import RULES, ScaledTrace, Trace, load_trace, nearest_rule
 from decode_attention.workload import Shape, Workload
 from twilight_engine.config import KVConfig
+
+if TYPE_CHECKING:
+    from decode_attention.cases import Point
 
 BENCH = "decode_attention"
 SHARE = 0.007  # of the context: the traces' exact sets under `balanced`
@@ -34,6 +38,8 @@ class Sizes:
     table7_rows: int  # surviving rows a head of the preset `paper`
     policies: tuple[int, ...]
     breakdown: tuple[tuple[int, int], ...]  # (tokens, batch)
+    uneven: tuple[int, tuple[int, ...]]  # tokens, mean exact rows a head
+    graph: int  # tokens of a step whose kernels have next to nothing to do
 
 
 SIZES = {
@@ -45,8 +51,10 @@ SIZES = {
         sweep=(32 << 10, (1, 2, 4, 8, 16)),
         table7=(10 << 10, 20 << 10, 30 << 10),
         table7_rows=256,
-        policies=(32 << 10, 128 << 10),
+        policies=(8 << 10, 32 << 10, 128 << 10),
         breakdown=((32 << 10, 1), (128 << 10, 1), (128 << 10, 8)),
+        uneven=(128 << 10, (512, 1024, 4096)),
+        graph=512,
     ),
     "tiny": Sizes(
         gqa=Shape(2, 4, 2, 64),
@@ -58,6 +66,8 @@ SIZES = {
         table7_rows=32,
         policies=(512, 1024),
         breakdown=((1024, 1),),
+        uneven=(1024, (48,)),
+        graph=512,
     ),
 }
 
@@ -68,6 +78,7 @@ class Setting:
 
     Attributes:
         share: mean exact set as a share of the context; None: the trace's own counts.
+        scatter: whether the sets are put at random places, as a worst case.
         steps: decode steps of a run; the first `warm` fill the hot rows and are not timed.
         repeats: of an op alone.
         records: JSON lines file to append to; None: none is written.
@@ -77,12 +88,14 @@ class Setting:
     device: torch.device
     trace: Path
     share: float | None
+    scatter: bool
     steps: int
     warm: int
     repeats: int
     records: Path | None
     machine: Machine
     traces: dict[str, Trace] = field(default_factory=dict)
+    points: dict[tuple[int, int], Point] = field(default_factory=dict)  # what cases share
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,6 +136,7 @@ class Setting:
                 last=last,
                 share=share,
                 tokens=tokens,
+                scatter=self.scatter,
             )
 
         made = Workload(
@@ -144,12 +158,18 @@ class Setting:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def keep(self, case: str, metrics: dict[str, float]) -> None:
-        """Append a record, if records are kept; its name tells other sets than the usual ones."""
-        if self.share is None:
+    def keep(self, case: str, metrics: dict[str, float], *, traced: bool = True) -> None:
+        """Append a record, if records are kept.
+
+        Args:
+            traced: whether the case replays a trace; its name then tells other sets than the usual.
+        """
+        if traced and self.share is None:
             case += "/counts"
-        elif self.share != SHARE:
+        elif traced and self.share != SHARE:
             case += f"/share{self.share:g}"
+        if traced and self.scatter:
+            case += "/random"
         if self.records is not None:
             record(BENCH, case, metrics, path=self.records)
 

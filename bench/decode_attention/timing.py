@@ -48,21 +48,28 @@ class Stopwatch:
 class Replay:
     """Work captured as a CUDA graph of its own memory; on a CPU simply the work.
 
-    The work runs once before its capture, unless `warm` says that it has run already.
+    Args:
+        warm: the work has run already; otherwise it runs once before its capture.
+        countable: keep the graph's nodes, for `raw_graph`.
     """
 
     def __init__(
-        self, device: torch.device, work: Callable[[], object], *, warm: bool = False
+        self,
+        device: torch.device,
+        work: Callable[[], object],
+        *,
+        warm: bool = False,
+        countable: bool = False,
     ) -> None:
-        self._work = work
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.work = work
+        self.graph: torch.cuda.CUDAGraph | None = None
         if device.type != "cuda":
             return
         if not warm:
             work()
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=countable)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
@@ -71,13 +78,19 @@ class Replay:
             finally:
                 graph.capture_end()
         current.wait_stream(stream)
-        self._graph = graph
+        self.graph = graph
 
     def __call__(self) -> None:
-        if self._graph is None:
-            self._work()
+        if self.graph is None:
+            self.work()
         else:
-            self._graph.replay()
+            self.graph.replay()
+
+    @property
+    def raw_graph(self) -> int:
+        """The cudaGraph_t of countable work on a GPU."""
+        assert self.graph is not None
+        return self.graph.raw_cuda_graph()
 
 
 def time_work(

@@ -22,6 +22,7 @@ FIRST_LAYER = 2  # the engine keeps the first two dense
 SINK_TOKENS, WINDOW_TOKENS = 4, 192  # of the trace, resident with the engine's defaults
 HEAD_SHIFT, REQUEST_SHIFT, TILE_SHIFT = 16, 7, 13  # steps that copies of a set are apart
 HASH = 2654435761  # Knuth's multiplier
+TURN = 10007  # tokens that scattered heads are apart
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class ScaledTrace:
         first, last: the tokens that can be listed.
         share: mean set size as a share of `tokens`; None: the trace's own counts.
         tokens: the context.
+        scatter: put every token elsewhere, by one permutation of the context: as many rows, which
+            return as they did, but without their clusters.
     """
 
     def __init__(
@@ -94,8 +97,11 @@ class ScaledTrace:
         last: int,
         share: float | None,
         tokens: int,
+        scatter: bool = False,
     ) -> None:
         self.trace, self.first, self.last = trace, first, last
+        random = np.random.default_rng(0)
+        self._places = random.permutation(last - first).astype(np.int32) if scatter else None
         self._layers = _spread_layers(trace, num_layers)
         mean = float(np.mean([_mean_size(layer) for layer in self._layers]))
         copies = 1.0 if share is None else share * tokens / max(mean, 1e-9)
@@ -103,17 +109,27 @@ class ScaledTrace:
         self.keep = copies / self.tiles
 
     def rows(self, layer: int, request: int, head: int, step: int) -> NDArray[np.int32]:
-        """Ascending, distinct tokens in [first, last)."""
+        """Ascending, distinct tokens in [first, last).
+
+        An empty set becomes one row, always the same: no query has a small set without one.
+        """
         heads = self._layers[layer]
         sets = heads[(head + request) % len(heads)]
         parts = []
+        salt = 31 * head + 1009 * request + 7919 * layer
         for tile in range(self.tiles):
             later = HEAD_SHIFT * (head // len(heads)) + REQUEST_SHIFT * request + TILE_SHIFT * tile
             rows = sets[reflected(step + later, len(sets))]
-            salt = tile + 31 * head + 1009 * request + 7919 * layer
-            parts.append(tile + self._thinned(rows, salt) / self.trace.context)
-        place = np.concatenate(parts) * ((self.last - self.first) / self.tiles)
-        return np.unique(self.first + place.astype(np.int32))
+            parts.append(tile + self._thinned(rows, tile + salt) / self.trace.context)
+        span = self.last - self.first
+        places = (np.concatenate(parts) * (span / self.tiles)).astype(np.int32)
+        places = places[np.diff(places, prepend=-1) > 0]
+        if len(places) == 0:
+            places = np.full(1, span // 2, dtype=np.int32)
+        if self._places is not None:
+            # Turned by head, so that heads and requests do not share their places.
+            places = np.sort(self._places[(places + salt * TURN % span) % span])
+        return self.first + places
 
     def _thinned(self, rows: NDArray[np.int64], salt: int) -> NDArray[np.int64]:
         """The rows that a hash of their position keeps: the same ones in every step."""

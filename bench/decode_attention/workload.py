@@ -2,10 +2,10 @@
 
 Step t of a run looks along channel t of the head: there a chosen token's key is 1 to 1.5, every
 other token's -2 to 0.6, the same from step to step four times in five, so that what follows the
-chosen rows is stable too. The other channels are noise that no query looks at. The query's length
-is set for each (step, layer, request, KV head) by bisection on the pipeline itself, so that as
-many rows are exact as the trace says; which ones follows from the keys. With these ranges about a
-fifth of the context lies within the index grade, as in the traces (15 % at .98).
+chosen rows is stable too. The other channels are noise that no query looks at. calibration.py sets
+the query's length for each (step, layer, request, KV head), so that as many rows are exact as the
+trace says; which ones follows from the keys. With these ranges about a fifth of the context lies
+within the index grade, as in the traces (15 % at .98).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from twilight_engine.attention.store import store_rows
 from twilight_engine.config import KVConfig
 from twilight_engine.kv.cache import KVCache, SequenceKV
 from twilight_engine.kv.rewind import rewind
-from twilight_engine.layout import RowLists
 
 CHUNK_TOKENS = 8192
 CHOSEN = (1.0, 1.5)  # keys along the step's channel
@@ -31,8 +30,6 @@ OTHERS = (-2.0, 0.6)
 STAYS = 0.8  # of the other tokens keep their key from step to step
 NOISE = 0.5  # standard deviation of the channels that nobody looks at
 HEAD_SPREAD = 0.1  # query heads of a group differ in length by up to this
-LOGITS = (1.0, 64.0)  # of a key of 1: where the bisection looks
-BISECTIONS = 12
 
 
 @dataclass(frozen=True)
@@ -55,15 +52,6 @@ class Shape:
     @property
     def softmax_scale(self) -> float:
         return float(self.head_dim**-0.5)
-
-
-@dataclass(frozen=True)
-class Match:
-    """How the sets that the pipeline chose compare with the wanted ones."""
-
-    wanted: float  # rows a (layer, request, KV head), mean
-    got: float
-    recall: float  # share of the wanted rows that are in the exact list
 
 
 class Workload:
@@ -123,31 +111,12 @@ class Workload:
         heads = (steps, shape.num_layers, batch, shape.num_q_heads, shape.head_dim)
         self.queries = torch.zeros(heads, device=device, dtype=dtype)
         jitter = 1 + HEAD_SPREAD * (2 * self._uniform((shape.num_q_heads,)) - 1)
-        self._jitter = jitter.view(shape.num_kv_heads, -1)
+        self.head_lengths = jitter.view(shape.num_kv_heads, -1)
 
     def counts(self, step: int, layer: int) -> Tensor:
         """[B, Hkv] int32: rows wanted."""
         sizes = [[len(rows) for rows in heads] for heads in self.wanted[step][layer]]
         return torch.tensor(sizes, dtype=torch.int32, device=self.device)
-
-    def calibrate(self, exact_rows: Callable[[int, Tensor], RowLists]) -> Match:
-        """Set every query so that `exact_rows(layer, q)` lists as many rows as wanted."""
-        got: list[float] = []
-        recall: list[float] = []
-        looked_at = {0, self.steps // 2, self.steps - 1}
-        for t in range(self.steps):
-            for layer in range(self.shape.num_layers):
-                q = self._bisect(t, layer, exact_rows)
-                self.queries[t, layer] = q
-                if t in looked_at:
-                    lists = exact_rows(layer, q)
-                    self._compare(lists, self.wanted[t][layer], got, recall)
-        sizes = [
-            float(self.counts(t, layer).float().mean())
-            for t in looked_at
-            for layer in range(self.shape.num_layers)
-        ]
-        return Match(float(np.mean(sizes)), float(np.mean(got)), float(np.mean(recall)))
 
     def rewind(self) -> None:
         """Back to the prompt, with no row hot and nothing known of the heads' sets."""
@@ -156,41 +125,6 @@ class Workload:
 
     def close(self) -> None:
         self.cache.close()
-
-    def _bisect(self, t: int, layer: int, exact_rows: Callable[[int, Tensor], RowLists]) -> Tensor:
-        """Longer queries have fewer exact rows."""
-        wanted = self.counts(t, layer).clamp(min=1)
-        low, high = (torch.full(wanted.shape, x, device=self.device).log() for x in LOGITS)
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            many = exact_rows(layer, self._query(t, middle.exp())).counts > wanted
-            low, high = torch.where(many, middle, low), torch.where(many, high, middle)
-        return self._query(t, high.exp())
-
-    def _query(self, t: int, logit: Tensor) -> Tensor:
-        """[B, Hq, D] along channel t; a key of 1 has this logit [B, Hkv]."""
-        shape = self.shape
-        q = torch.zeros(
-            logit.shape[0], shape.num_q_heads, shape.head_dim, device=self.device, dtype=torch.float
-        )
-        q[..., t] = (logit[..., None] * self._jitter / shape.softmax_scale).flatten(1)
-        return q.to(self.queries.dtype)
-
-    def _compare(
-        self,
-        lists: RowLists,
-        wanted: list[list[np.ndarray]],
-        got: list[float],
-        recall: list[float],
-    ) -> None:
-        counts = lists.counts.cpu().numpy()
-        tokens = lists.tokens[..., : max(1, int(counts.max()))].cpu().numpy()
-        for b, heads in enumerate(wanted):
-            for h, rows in enumerate(heads):
-                chosen = tokens[b, h, : counts[b, h]]
-                got.append(float(len(chosen)))
-                if len(rows):
-                    recall.append(float(np.isin(rows, chosen).mean()))
 
     def _fill(self, b: int) -> SequenceKV:
         cache, size = self.cache, CHUNK_TOKENS

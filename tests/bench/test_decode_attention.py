@@ -30,7 +30,8 @@ def test_every_case_leaves_its_records(records: dict[str, dict[str, float]]) -> 
     names = set(records)
     assert {f"context-sweep/{t}/b{b}" for t in (512, 1024) for b in (1, 2)} <= names
     assert {f"batch-sweep/512/b{b}" for b in (1, 2)} <= names
-    assert {"paper-table7/1024", "breakdown/1024/b1"} <= names
+    assert {"paper-table7/1024", "breakdown/1024/b1", "graph/nodes"} <= names
+    assert {"uneven/48/max1", "uneven/48/max2"} <= names
     assert {n.split("/")[1] for n in names if n.startswith("policies/")} == POLICIES
     assert {name.split("/")[0] for name in names} == set(CASES)
 
@@ -48,6 +49,23 @@ def test_sweeps_have_the_fields_that_are_asked_for(records: dict[str, dict[str, 
     assert 0.1 * 1024 < table7["quest_rows"] <= 0.26 * 1024
     ops = records["breakdown/1024/b1"]
     assert all(ops[f"{op}_floor_us"] > 0 for op in ("append", "estimate", "fetch", "merge"))
+
+
+def test_uneven_lists_are_set_beside_even_ones(records: dict[str, dict[str, float]]) -> None:
+    even, uneven = (records[f"uneven/48/max{ratio}"] for ratio in (1, 2))
+    assert even["over_even"] == even["attend_over_even"] == 0
+    assert (even["max_rows"], uneven["max_rows"]) == (48, 96)
+    assert uneven["over_even"] == pytest.approx(uneven["us"] / even["us"] - 1, abs=1e-3)
+    assert uneven["gbps"] > 0 and uneven["attend_gbps"] > 0 and uneven["hbm_gbps"] > 0
+
+
+def test_random_lists_have_names_of_their_own(trace_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    where = ["--device", "cpu", "--shape", "tiny", "--trace", str(trace_file), "--json", str(path)]
+    sizes = ["--steps", "3", "--warm", "2", "--repeats", "1", "--lists", "random"]
+    assert main([*where, *sizes, "--case", "batch-sweep", "uneven", "--share", "0.03"]) == 0
+    names = {json.loads(line)["case"] for line in path.read_text().splitlines()}
+    assert names >= {"batch-sweep/512/b1/share0.03/random", "uneven/48/max1"}
 
 
 def test_only_caches_save_link_bytes(records: dict[str, dict[str, float]]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from decode_attention.cases import BALANCED, calibrate, new_decode
+from decode_attention.calibration import calibrate
+from decode_attention.cases import BALANCED, new_decode
 from decode_attention.comparisons import PAPER, QUEST
 from decode_attention.floors import (
     Rows,
@@ -28,7 +29,8 @@ from decode_attention.policies import (
     forget_older_rows,
 )
 from decode_attention.steps import StepRun, rows_of
-from decode_attention.traces import ScaledTrace, load_trace, nearest_rule, reflected
+from decode_attention.traces import ScaledTrace, Trace, load_trace, nearest_rule, reflected
+from decode_attention.uneven import uneven_sizes
 from decode_attention.workload import Shape, Workload
 from torch import Tensor
 
@@ -72,6 +74,32 @@ def test_scaled_sets_keep_their_share_and_return(
     again = [np.isin(b, a).mean() for h in sets for a, b in pairwise(h) if len(b)]
     assert np.mean(again) == pytest.approx(0.7, abs=0.08)  # three in ten change
     assert not np.array_equal(scaled.rows(0, 0, 0, 9), scaled.rows(0, 1, 0, 9))
+
+
+def test_scattered_sets_are_as_large_and_return_as_often(trace_file: Path) -> None:
+    trace = load_trace(trace_file, "mean90")
+    kwargs = {"num_layers": 2, "first": 4, "last": 8000, "share": 0.02, "tokens": 8192}
+    there, scattered = (ScaledTrace(trace, scatter=s, **kwargs) for s in (False, True))
+    for h in range(4):
+        before, after = ([x.rows(1, 2, h, t) for t in range(4)] for x in (there, scattered))
+        assert [len(r) for r in before] == [len(r) for r in after]
+        assert all((np.diff(r) > 0).all() and r[0] >= 4 and r[-1] < 8000 for r in after)
+        again = [[np.isin(b, a).sum() for a, b in pairwise(x)] for x in (before, after)]
+        assert again[0] == again[1]
+        assert not np.array_equal(before[0], after[0])
+
+
+def test_an_empty_set_becomes_one_row() -> None:
+    empty = Trace([[[np.empty(0, np.int64)] * 4] * 2] * 4, 2000)
+    scaled = ScaledTrace(empty, num_layers=2, first=4, last=800, share=None, tokens=1000)
+    assert scaled.rows(0, 0, 0, 0).tolist() == scaled.rows(0, 0, 0, 3).tolist() == [402]
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 5])
+def test_uneven_sizes_have_the_same_total(ratio: int) -> None:
+    sizes = uneven_sizes(8, 515, ratio)
+    assert sum(sizes) == 8 * 515 and max(sizes) == ratio * 515 and min(sizes) >= 0
+    assert sorted(sizes)[-2] - min(sizes) <= 1
 
 
 def test_counts_are_the_traces_own(trace_file: Path) -> None:
