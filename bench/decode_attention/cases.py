@@ -21,7 +21,7 @@ from twilight_engine.attention.decode import DecodeAttention
 from twilight_engine.config import KVConfig, SparseConfig
 
 STREAMED_STEPS = (1, 4)  # timed from, until: a dense step over the link takes long
-ATTEND_OPS = ("attend_index", "attend_means", "attend_rows", "merge")
+ATTEND_OPS = ("attend_lower", "attend_rows", "merge")
 BALANCED = SparseConfig.preset("balanced")
 
 
