@@ -3,7 +3,7 @@
 // Persistent blocks share all segments' tokens evenly (split_attend.cuh); a warp owns 16 tokens of
 // every 64 of its block's stretch and streams their rows through its ring (attend_stream.cuh). All
 // query heads of a group, up to 8, share one load of K and V. Bytes: tokens * Hkv * 2 * D *
-// itemsize, times ceil(G / 8), and 8 * (D + 2) * 4 written and read for each partial state.
+// itemsize, times ceil(G / 8), and min(G, 8) * (D + 2) * 4 written for each partial state.
 //
 // Source: Flash-Decoding.
 #include "csrc/attend_pages.h"
@@ -61,10 +61,11 @@ struct PageWorker : RowStream<T, kD, PageSource<T, kD>> {
 template <typename T, int kD>
 __global__ void __launch_bounds__(kSplitThreads) attend_pages_kernel(AttendPagesParams params) {
   extern __shared__ __align__(16) char shared[];
+  let_next_start();
   PageSource<T, kD> source{params};
-  PageWorker<T, kD> worker(source, params.q, params.work.num_kv_heads * params.work.group,
-                           params.softmax_scale, shared);
-  split_attend(worker, params.work, reinterpret_cast<float*>(shared));
+  PageWorker<T, kD> worker(source, params.work, params.q, params.softmax_scale, shared);
+  wait_for_inputs();
+  split_attend(worker, params.work);
   if (params.streamed_bytes != nullptr && threadIdx.x == 0 && worker.rows > 0) {
     atomicAdd(reinterpret_cast<unsigned long long*>(params.streamed_bytes),
               worker.rows * RowBytes<T, kD>::kRow);
@@ -77,7 +78,7 @@ cudaError_t launch_attend_pages(const AttendPagesParams& params, cudaStream_t st
   return TWILIGHT_DISPATCH_ROW(params.row_dtype, T, {
     return TWILIGHT_DISPATCH_HEAD_DIM(params.head_dim, {
       using Worker = PageWorker<T, kD>;
-      return launch_split(attend_pages_kernel<T, kD>, params, params.work, kD, Worker::kSharedBytes,
+      return launch_split(attend_pages_kernel<T, kD>, params, params.work, Worker::kSharedBytes,
                           stream);
     });
   });

@@ -4,7 +4,8 @@
 // blocks share all segments' items evenly (split_attend.cuh), whatever the lists' lengths; a warp
 // owns 16 of every 64 items of its block's stretch and streams their rows through its ring
 // (attend_stream.cuh), rows without a location straight from host memory. All query heads of a
-// group, up to 8, share one load. Bytes: 2 * D * itemsize an item and ceil(G / 8) heads' tiles.
+// group, up to 8, share one load. Bytes: 2 * D * itemsize an item and ceil(G / 8) heads' tiles, and
+// min(G, 8) * (D + 2) * 4 a partial state written.
 //
 // Source: Flash-Decoding; stream-K.
 #include "csrc/attend_rows.h"
@@ -83,10 +84,12 @@ struct ListSource {
 template <typename T, int kD>
 __global__ void __launch_bounds__(kSplitThreads) attend_rows_kernel(AttendRowsParams params) {
   extern __shared__ __align__(16) char shared[];
+  let_next_start();
   ListSource<T, kD> source{params};
-  RowStream<T, kD, ListSource<T, kD>> worker(
-      source, params.q, params.work.num_kv_heads * params.work.group, params.softmax_scale, shared);
-  split_attend(worker, params.work, reinterpret_cast<float*>(shared));
+  RowStream<T, kD, ListSource<T, kD>> worker(source, params.work, params.q, params.softmax_scale,
+                                             shared);
+  wait_for_inputs();
+  split_attend(worker, params.work);
   if (params.direct_bytes != nullptr && threadIdx.x % 32 == 0 && worker.direct_rows > 0) {
     atomicAdd(reinterpret_cast<unsigned long long*>(params.direct_bytes),
               worker.direct_rows * RowBytes<T, kD>::kRow);
@@ -99,7 +102,7 @@ cudaError_t launch_attend_rows(const AttendRowsParams& params, cudaStream_t stre
   return TWILIGHT_DISPATCH_ROW(params.row_dtype, T, {
     return TWILIGHT_DISPATCH_HEAD_DIM(params.head_dim, {
       using Worker = RowStream<T, kD, ListSource<T, kD>>;
-      return launch_split(attend_rows_kernel<T, kD>, params, params.work, kD, Worker::kSharedBytes,
+      return launch_split(attend_rows_kernel<T, kD>, params, params.work, Worker::kSharedBytes,
                           stream);
     });
   });

@@ -28,7 +28,6 @@ template <typename T, int kD, class Source>
 struct RowStream {
   using Bytes = RowBytes<T, kD>;
   static constexpr int kHeadDim = kD;
-  static constexpr int kParts = 1;
   static constexpr int kUnitItems = kSplitWarps * kTileRows;
   // As many stages as leave two blocks of head_dim 128 on a Hopper multiprocessor (101 KB each)
   // and fit the 163 KB of an A100 at head_dim 256 (131 KB).
@@ -38,19 +37,21 @@ struct RowStream {
   static constexpr int kSharedBytes = kRingBytes > kPartBytes ? kRingBytes : kPartBytes;
 
   Source& source;
-  const T* q;  // [N, Hq, D]
-  int num_q_heads;
+  const SplitWork& work;
+  const T* q;                          // [N, Hq, D]
   float scale;                         // softmax_scale * log2(e)
+  char* shared;                        // the block's: the warps' tiles, then their parts of out
   char* ring;                          // the warp's tiles
   unsigned long long direct_rows = 0;  // same in all lanes of the warp
   RowTile<T, kD> tile;
 
-  __device__ RowStream(Source& source, const void* q, int num_q_heads, float softmax_scale,
+  __device__ RowStream(Source& source, const SplitWork& work, const void* q, float softmax_scale,
                        char* shared)
       : source(source),
+        work(work),
         q(static_cast<const T*>(q)),
-        num_q_heads(num_q_heads),
         scale(softmax_scale * kLog2e),
+        shared(shared),
         ring(shared + threadIdx.x / 32 * kStages * Bytes::kTile) {}
 
   __device__ int num_items(int n, int h) const { return source.num_items(n, h); }
@@ -84,7 +85,8 @@ struct RowStream {
 
   __device__ void attend(const Segment& segment, int first, int last) {
     source.open(segment);
-    tile.start(q + (int64_t{segment.n} * num_q_heads + segment.first_head) * kD, segment.num_heads);
+    const int64_t num_q_heads = int64_t{work.num_kv_heads} * work.group;
+    tile.start(q + (segment.n * num_q_heads + segment.first_head) * kD, segment.num_heads);
     first += threadIdx.x / 32 * kTileRows;
     const int tiles = first < last ? (last - first + kUnitItems - 1) / kUnitItems : 0;
     uint64_t valid = 0;  // 16 bits a tile in flight, the oldest lowest
@@ -113,12 +115,38 @@ struct RowStream {
     wait_copies<0>();
   }
 
-  __device__ void store_state(SplitShared& shared) {
-    tile.store_state(shared.max[threadIdx.x / 32], shared.sum[threadIdx.x / 32]);
-  }
-
-  __device__ void store_out(float* parts) const {
-    tile.store_out(parts + threadIdx.x / 32 * kHeadTile * (kD + 4));
+  // The warps leave out in `parts` [kSplitWarps][kHeadTile][D + 4], + 4 so that a column does not
+  // hit one bank; then each thread weighs four channels of a head.
+  __device__ void write_partial(const Segment& segment, int64_t slot) {
+    __shared__ float maxima[kSplitWarps][kHeadTile], sums[kSplitWarps][kHeadTile];
+    constexpr int kQuads = kD / 4;
+    float* parts = reinterpret_cast<float*>(shared);
+    const int warp = threadIdx.x / 32;
+    tile.store_state(maxima[warp], sums[warp]);
+    __syncthreads();  // `parts` may lie where the warps were still reading
+    tile.store_out(parts + warp * kHeadTile * (kD + 4));
+    __syncthreads();
+    for (int i = threadIdx.x; i < segment.num_heads * kQuads; i += kSplitThreads) {
+      const int head = i / kQuads, quad = i % kQuads;
+      float top = kNegInf, sum = 0.f;
+      float4 out = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (int w = 0; w < kSplitWarps; ++w) top = fmaxf(top, maxima[w][head]);
+#pragma unroll
+      for (int w = 0; w < kSplitWarps; ++w) {
+        const float weight = state_weight(maxima[w][head], top);
+        const float4 x =
+            *reinterpret_cast<const float4*>(parts + (w * kHeadTile + head) * (kD + 4) + quad * 4);
+        sum += weight * sums[w][head];
+        out.x += weight * x.x;
+        out.y += weight * x.y;
+        out.z += weight * x.z;
+        out.w += weight * x.w;
+      }
+      reinterpret_cast<float4*>(slot_out(work, slot, kD))[i] = out;
+      if (quad == 0) slot_state(work, slot, kD)[head] = make_float2(top, sum);
+    }
+    __syncthreads();
   }
 };
 

@@ -1,11 +1,11 @@
-// attend_pages, attend_rows, attend_index, attend_means and merge_states.
+// attend_pages, attend_rows, attend_lower and merge_states.
 #ifdef TWILIGHT_CUDA
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <vector>
 
-#include "csrc/attend_index.h"
-#include "csrc/attend_means.h"
+#include "csrc/attend_lower.h"
 #include "csrc/attend_pages.h"
 #include "csrc/attend_rows.h"
 #include "csrc/bindings.h"
@@ -18,12 +18,11 @@ void bind_attend(py::module_& m) {
   using twilight::StepView;
   py::class_<SplitWork>(m, "SplitWork")
       .def(py::init([](int num_queries, int num_kv_heads, int group, int num_blocks,
-                       uint64_t workspace, uint64_t out, uint64_t lse) {
-             return SplitWork{num_queries,          num_kv_heads,   group,         num_blocks,
-                              as<float>(workspace), as<float>(out), as<float>(lse)};
+                       uint64_t workspace) {
+             return SplitWork{num_queries, num_kv_heads, group, num_blocks, as<float>(workspace)};
            }),
            py::kw_only(), py::arg("num_queries"), py::arg("num_kv_heads"), py::arg("group"),
-           py::arg("num_blocks"), py::arg("workspace"), py::arg("out"), py::arg("lse"));
+           py::arg("num_blocks"), py::arg("workspace"));
   py::class_<StepView>(m, "StepView")
       .def(py::init([](uint64_t page_table, uint64_t seq_slots, uint64_t window_starts,
                        uint64_t query_seq, uint64_t positions, uint64_t ctx_starts,
@@ -78,65 +77,44 @@ void bind_attend(py::module_& m) {
       py::arg("locations"), py::arg("direct_bytes"), py::arg("capacity"), py::arg("window_rows"),
       py::arg("softmax_scale"), py::arg("head_dim"), py::arg("row_dtype"), py::arg("stream"));
   m.def(
-      "attend_index",
-      [](const SplitWork& work, const StepView& step, uint64_t scores, uint64_t v_codes,
-         uint64_t v_scale, uint64_t tokens, uint64_t counts, int64_t score_capacity,
-         int64_t list_capacity, int head_dim, uint64_t stream) {
-        const twilight::AttendIndexParams p{work,
+      "attend_lower",
+      [](const SplitWork& work, const StepView& step, uint64_t scores, uint64_t lse,
+         uint64_t grades, uint64_t v_codes, uint64_t v_scale, uint64_t v_mean,
+         int64_t score_capacity, int64_t grade_capacity, int head_dim, uint64_t stream) {
+        const twilight::AttendLowerParams p{work,
                                             step,
                                             as<float>(scores),
+                                            as<float>(lse),
+                                            as<uint8_t>(grades),
                                             as<uint8_t>(v_codes),
                                             as<void>(v_scale),
-                                            as<int>(tokens),
-                                            as<int>(counts),
-                                            score_capacity,
-                                            list_capacity,
-                                            head_dim};
-        check(twilight::launch_attend_index(p, as_stream(stream)), "attend_index");
-      },
-      py::kw_only(), py::arg("work"), py::arg("step"), py::arg("scores"), py::arg("v_codes"),
-      py::arg("v_scale"), py::arg("tokens"), py::arg("counts"), py::arg("score_capacity"),
-      py::arg("list_capacity"), py::arg("head_dim"), py::arg("stream"));
-  m.def(
-      "attend_means",
-      [](const SplitWork& work, const StepView& step, uint64_t scores, uint64_t grades,
-         uint64_t v_mean, int64_t score_capacity, int64_t grade_capacity, int head_dim,
-         uint64_t stream) {
-        const twilight::AttendMeansParams p{work,
-                                            step,
-                                            as<float>(scores),
-                                            as<uint8_t>(grades),
                                             as<void>(v_mean),
                                             score_capacity,
                                             grade_capacity,
                                             head_dim};
-        check(twilight::launch_attend_means(p, as_stream(stream)), "attend_means");
+        check(twilight::launch_attend_lower(p, as_stream(stream)), "attend_lower");
       },
-      py::kw_only(), py::arg("work"), py::arg("step"), py::arg("scores"), py::arg("grades"),
-      py::arg("v_mean"), py::arg("score_capacity"), py::arg("grade_capacity"), py::arg("head_dim"),
-      py::arg("stream"));
+      py::kw_only(), py::arg("work"), py::arg("step"), py::arg("scores"), py::arg("lse"),
+      py::arg("grades"), py::arg("v_codes"), py::arg("v_scale"), py::arg("v_mean"),
+      py::arg("score_capacity"), py::arg("grade_capacity"), py::arg("head_dim"), py::arg("stream"));
   m.def(
       "merge_states",
-      [](const std::vector<uint64_t>& outs, const std::vector<uint64_t>& lses, uint64_t out,
-         uint64_t lse, int rows, int head_dim, int row_dtype, uint64_t stream) {
-        if (outs.size() != lses.size() || outs.size() > twilight::kMaxStates) {
-          throw std::invalid_argument("merge_states: too many states, or unequal numbers");
+      [](const std::vector<SplitWork>& works, uint64_t out, uint64_t lse, int head_dim,
+         int row_dtype, uint64_t stream) {
+        if (works.size() > twilight::kMaxStates) {
+          throw std::invalid_argument("merge_states: too many states");
         }
         twilight::MergeStatesParams p{};
-        for (size_t i = 0; i < outs.size(); ++i) {
-          p.outs[i] = as<float>(outs[i]);
-          p.lses[i] = as<float>(lses[i]);
-        }
+        std::copy(works.begin(), works.end(), p.works);
         p.out = as<void>(out);
         p.lse = as<float>(lse);
-        p.num_states = static_cast<int>(outs.size());
-        p.rows = rows;
+        p.num_states = static_cast<int>(works.size());
         p.head_dim = head_dim;
         p.row_dtype = row_dtype;
         check(twilight::launch_merge_states(p, as_stream(stream)), "merge_states");
       },
-      py::kw_only(), py::arg("outs"), py::arg("lses"), py::arg("out"), py::arg("lse"),
-      py::arg("rows"), py::arg("head_dim"), py::arg("row_dtype"), py::arg("stream"));
+      py::kw_only(), py::arg("works"), py::arg("out"), py::arg("lse"), py::arg("head_dim"),
+      py::arg("row_dtype"), py::arg("stream"));
 }
 
 }  // namespace twilight::bindings

@@ -1,48 +1,128 @@
-// lse = log sum_i exp(lses[i]);  out = sum_i exp(lses[i] - lse) outs[i]; empty states are skipped,
-// so that what their out holds never matters.
+// out[n, hq] = sum_i 2^(max_i - top) out_i / sum;  lse = (top + log2(sum)) * ln 2,
+// sum = sum_i 2^(max_i - top) sum_i, i over the partial states of (n, hq) that up to three kernels
+// on split_attend.cuh left.
 //
-// A warp owns a row (query row, query head), a lane every 32nd channel. Bytes: 4 * D a state read
-// and D * itemsize written a row.
+// A block owns one (query row, query head). D / 4 threads own four channels each of a partial, so
+// that 512 threads read 8 to 32 partials at once, and a thread has kLoads of them in flight: the
+// 80 or so of a head at batch 1 are one round of loads. Each thread weighs what it read by its own
+// maximum; shared memory joins the threads. Bytes: 4 * (D + 2) a partial and head read (from L2),
+// D * itemsize written.
 //
 // Source: Flash-Decoding.
-#include "csrc/common.cuh"
 #include "csrc/merge_states.h"
+#include "csrc/split_attend.cuh"
 
 namespace twilight {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 512;
+constexpr int kLoads = 8;
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) merge_states_kernel(MergeStatesParams params) {
-  const int row = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (row >= params.rows) return;
-  float top = -INFINITY;
-  for (int i = 0; i < params.num_states; ++i) top = fmaxf(top, params.lses[i][row]);
-  float sum = 0.f;
-  for (int i = 0; i < params.num_states; ++i) {
-    if (top > -INFINITY) sum += expf(params.lses[i][row] - top);
-  }
-  for (int c = lane; c < params.head_dim; c += 32) {
-    const int64_t at = int64_t{row} * params.head_dim + c;
-    float x = 0.f;
-    for (int i = 0; i < params.num_states; ++i) {
-      const float lse = params.lses[i][row];
-      if (lse > -INFINITY) x += expf(lse - top) / sum * params.outs[i][at];
+// What a thread knows of one query head: four channels of out, relative to its own maximum.
+struct Joined {
+  float top = kNegInf, sum = 0.f;
+  float4 out = {0.f, 0.f, 0.f, 0.f};
+
+  __device__ void add(const float2 (&states)[kLoads], const float4 (&outs)[kLoads]) {
+    float next = top;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) next = fmaxf(next, states[i].x);
+    const float factor = state_weight(top, next);
+    top = next;
+    sum *= factor;
+    out = {out.x * factor, out.y * factor, out.z * factor, out.w * factor};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const float weight = state_weight(states[i].x, top);
+      sum += weight * states[i].y;
+      out.x += weight * outs[i].x;
+      out.y += weight * outs[i].y;
+      out.z += weight * outs[i].z;
+      out.w += weight * outs[i].w;
     }
-    static_cast<T*>(params.out)[at] = from_float<T>(x);
   }
-  if (lane == 0) params.lse[row] = top > -INFINITY ? top + logf(sum) : top;
+};
+
+template <typename T, int kD>
+__global__ void __launch_bounds__(kThreads) merge_states_kernel(MergeStatesParams params) {
+  constexpr int kQuads = kD / 4, kAtOnce = kThreads / kQuads;
+  __shared__ float4 outs[kAtOnce][kQuads];
+  __shared__ float2 states[kAtOnce];
+  let_next_start();
+  const SplitWork& sizes = params.works[0];
+  const int num_q_heads = sizes.num_kv_heads * sizes.group;
+  const int n = blockIdx.x / num_q_heads, q_head = blockIdx.x % num_q_heads;
+  const int in_group = q_head % sizes.group, head = in_group % kHeadTile;
+  const int segment =
+      (n * sizes.num_kv_heads + q_head / sizes.group) * head_tiles(sizes) + in_group / kHeadTile;
+  const int place = threadIdx.x / kQuads, quad = threadIdx.x % kQuads;
+  wait_for_inputs();
+
+  int first[kMaxStates], ends[kMaxStates];  // slots; partials up to the end of a state's
+#pragma unroll
+  for (int s = 0; s < kMaxStates; ++s) {
+    const int2 slots =
+        s < params.num_states ? segment_slots(params.works[s], kD)[segment] : make_int2(0, 0);
+    first[s] = slots.x;
+    ends[s] = slots.y + (s > 0 ? ends[s - 1] : 0);
+  }
+  const int count = ends[kMaxStates - 1];
+  Joined joined;
+  for (int begin = place; place < kAtOnce && begin < count; begin += kLoads * kAtOnce) {
+    float2 state[kLoads];
+    float4 out[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = begin + i * kAtOnce;
+      state[i] = make_float2(kNegInf, 0.f);
+      out[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (int s = 0; s < kMaxStates; ++s) {
+        const int before = s > 0 ? ends[s - 1] : 0;
+        if (at >= before && at < ends[s]) {
+          const int64_t slot = int64_t{first[s]} + at - before;
+          state[i] = slot_state(params.works[s], slot, kD)[head];
+          out[i] = reinterpret_cast<const float4*>(slot_out(params.works[s], slot, kD) +
+                                                   head * kD)[quad];
+        }
+      }
+    }
+    joined.add(state, out);
+  }
+  if (place < kAtOnce) {
+    outs[place][quad] = joined.out;
+    if (quad == 0) states[place] = make_float2(joined.top, joined.sum);
+  }
+  __syncthreads();
+  if (threadIdx.x >= kD) return;
+
+  float top = kNegInf, sum = 0.f, out = 0.f;
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) top = fmaxf(top, states[i].x);
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) {
+    const float weight = state_weight(states[i].x, top);
+    sum += weight * states[i].y;
+    out += weight * reinterpret_cast<const float*>(outs[i])[threadIdx.x];
+  }
+  const float norm = sum > 0.f ? 1.f / sum : 0.f;
+  static_cast<T*>(params.out)[int64_t{blockIdx.x} * kD + threadIdx.x] = from_float<T>(out * norm);
+  if (threadIdx.x == 0) {
+    params.lse[blockIdx.x] = sum > 0.f ? (top + log2f(sum)) * kLn2 : kNegInf;
+  }
 }
 
 }  // namespace
 
 cudaError_t launch_merge_states(const MergeStatesParams& params, cudaStream_t stream) {
   if (params.num_states < 1 || params.num_states > kMaxStates) return cudaErrorInvalidValue;
-  const int warps = kThreads / 32;
+  const SplitWork& sizes = params.works[0];
+  const int rows = sizes.num_queries * sizes.num_kv_heads * sizes.group;
   return TWILIGHT_DISPATCH_ROW(params.row_dtype, T, {
-    merge_states_kernel<T><<<(params.rows + warps - 1) / warps, kThreads, 0, stream>>>(params);
-    return cudaGetLastError();
+    return TWILIGHT_DISPATCH_HEAD_DIM(params.head_dim, {
+      return launch_dependent(merge_states_kernel<T, kD>, dim3(rows), dim3(kThreads), 0, stream, 1,
+                              params);
+    });
   });
 }
 

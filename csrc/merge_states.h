@@ -1,22 +1,20 @@
-// Merge of attention states over disjoint sets of tokens.
+// Merge of the partial attention states that kernels over disjoint sets of tokens left.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
+#include "csrc/split_attend.h"
 
 namespace twilight {
 
-constexpr int kMaxStates = 8;  // MAX_STATES in twilight_engine/ops/merge_states.py
+constexpr int kMaxStates = 3;  // MAX_STATES in twilight_engine/ops/merge_states.py
 
 struct MergeStatesParams {
-  const float* outs[kMaxStates];  // num_states times [rows, D]
-  const float* lses[kMaxStates];  // num_states times [rows]
-  void* out;                      // [rows, D] of the row dtype
-  float* lse;                     // [rows]
+  SplitWork works[kMaxStates];  // num_states of them, of the same N, Hkv and G
+  void* out;                    // [N, Hq, D] of the row dtype
+  float* lse;                   // [N, Hq]
   int num_states;
-  int rows;  // N * Hq
-  int head_dim;
+  int head_dim;   // 64, 80, 96, 128 or 256
   int row_dtype;  // RowDtype
 };
 

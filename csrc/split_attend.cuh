@@ -1,17 +1,18 @@
 // Split-KV attention balanced as stream-K: the skeleton that the attention kernels share.
 //
-// Every segment (split_attend.h) has a number of items (tokens, or pages), known on the device
-// only, cut into units. The units of all segments in a row are dealt out evenly to a fixed number
-// of blocks, so uneven lists cost nothing and no count is read on the host. A block reduces each
-// stretch of a segment it owns to one partial state (out, max, sum) in the workspace, in slot
+// Every segment (split_attend.h) has a number of items (rows, or slices of pages), known on the
+// device only, cut into units. The units of all segments in a row are dealt out evenly to a fixed
+// number of blocks, so uneven lists cost nothing and no count is read on the host. A block reduces
+// each stretch of a segment it owns to one partial state (out, max, sum) in the workspace, in slot
 // block + segment: along the row of stretches one of the two grows by one at each step, so slots
-// are distinct. merge_kernel then weighs a segment's partials. Scores, maxima and sums are in
-// log2 units: exp2 is one instruction, and lse is converted at the end.
+// are distinct. csrc/merge_states.cu weighs the partials of one or several such kernels. Maxima and
+// sums are in log2 units: exp2 is one instruction, and lse is converted at the end.
 //
 // Source: Flash-Decoding (split-KV); stream-K (Osama et al., arXiv 2301.03598).
 #pragma once
 
 #include "csrc/common.cuh"
+#include "csrc/dependent_launch.cuh"
 #include "csrc/split_attend.h"
 
 namespace twilight {
@@ -34,16 +35,20 @@ __host__ __device__ inline int64_t num_slots(const SplitWork& work) {
   return int64_t{work.num_blocks} + num_segments(work);
 }
 
+// [kHeadTile, D] of a slot.
 __device__ inline float* slot_out(const SplitWork& work, int64_t slot, int head_dim) {
   return work.workspace + slot * kHeadTile * head_dim;
 }
 
-__device__ inline float* slot_state(const SplitWork& work, int64_t slot, int head_dim) {
-  return work.workspace + num_slots(work) * kHeadTile * head_dim + slot * kHeadTile * 2;
+// [kHeadTile] of (max, sum) of a slot.
+__device__ inline float2* slot_state(const SplitWork& work, int64_t slot, int head_dim) {
+  return reinterpret_cast<float2*>(work.workspace + num_slots(work) * kHeadTile * head_dim) +
+         slot * kHeadTile;
 }
 
-__device__ inline int* segment_starts(const SplitWork& work, int head_dim) {
-  return reinterpret_cast<int*>(slot_state(work, num_slots(work), head_dim));
+// [segments] of (first slot, number of slots).
+__device__ inline int2* segment_slots(const SplitWork& work, int head_dim) {
+  return reinterpret_cast<int2*>(slot_state(work, num_slots(work), head_dim));
 }
 
 // Weight of a state with this max in a sum whose terms are relative to top; 0 for empty states.
@@ -66,8 +71,6 @@ __device__ inline Segment segment_of(const SplitWork& work, int index) {
 struct SplitShared {
   int warp_units[kSplitWarps];
   int segment, segment_start;
-  float max[kSplitWarps][kHeadTile];
-  float sum[kSplitWarps][kHeadTile];
 };
 
 struct UnitRange {
@@ -81,7 +84,19 @@ __device__ int segment_units(const Worker& worker, const SplitWork& work, int in
   return (worker.num_items(segment.n, segment.h) + Worker::kUnitItems - 1) / Worker::kUnitItems;
 }
 
-// The block's share of all units; false if it has none. Block 0 leaves the prefix for the merge.
+// Block i has units [i * total / blocks, (i + 1) * total / blocks); the slots of a segment with
+// units [first, last).
+__device__ inline int2 slots_of(int index, int64_t first, int64_t last, int64_t total,
+                                int64_t blocks) {
+  if (first == last) return make_int2(0, 0);
+  const int64_t first_block = ((first + 1) * blocks - 1) / total;
+  const int64_t last_block = (last * blocks - 1) / total;
+  return make_int2(static_cast<int>(first_block) + index,
+                   static_cast<int>(last_block - first_block) + 1);
+}
+
+// The block's share of all units; false if it has none. The last block, whose share is never the
+// larger one, leaves the segments' slots for the merge.
 template <class Worker>
 __device__ bool find_range(const Worker& worker, const SplitWork& work, SplitShared& shared,
                            UnitRange& range) {
@@ -104,15 +119,15 @@ __device__ bool find_range(const Worker& worker, const SplitWork& work, SplitSha
     if (w < warp) before += shared.warp_units[w];
     total += shared.warp_units[w];
   }
-  if (blockIdx.x == 0) {
-    int* starts = segment_starts(work, Worker::kHeadDim);
-    for (int i = first, start = before; i < last; ++i) {
-      starts[i] = start;
-      start += segment_units(worker, work, i);
-    }
-    if (tid == 0) starts[segments] = total;
-  }
   const int blocks = min(static_cast<int>(gridDim.x), total);
+  if (blockIdx.x == gridDim.x - 1) {
+    int2* slots = segment_slots(work, Worker::kHeadDim);
+    for (int i = first, start = before; i < last; ++i) {
+      const int stop = start + segment_units(worker, work, i);
+      slots[i] = slots_of(i, start, stop, total, blocks);
+      start = stop;
+    }
+  }
   if (static_cast<int>(blockIdx.x) >= blocks) return false;
   range.begin = static_cast<int>(int64_t{blockIdx.x} * total / blocks);
   range.end = static_cast<int>((int64_t{blockIdx.x} + 1) * total / blocks);
@@ -131,42 +146,12 @@ __device__ bool find_range(const Worker& worker, const SplitWork& work, SplitSha
   return true;
 }
 
-// Merges the warps' states in shared memory and writes the block's partial of this segment.
-// parts: [kSplitWarps * kParts][kHeadTile][D + 4], +4 so that a column does not hit one bank.
+// Walks the block's units. A Worker has kHeadDim, kUnitItems (items a unit), num_items(n, h),
+// attend(segment, first, last) which reduces these items to a state in registers, and
+// write_partial(segment, slot) which merges the warps' states into that slot of the workspace and
+// synchronises the block before it returns.
 template <class Worker>
-__device__ void write_partial(const SplitWork& work, const SplitShared& shared, const float* parts,
-                              int segment, int num_heads) {
-  constexpr int kD = Worker::kHeadDim;
-  const int64_t slot = int64_t{blockIdx.x} + segment;
-  for (int i = threadIdx.x; i < num_heads * kD; i += kSplitThreads) {
-    const int head = i / kD, channel = i % kD;
-    float top = kNegInf, out = 0.f, sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < kSplitWarps; ++w) top = fmaxf(top, shared.max[w][head]);
-#pragma unroll
-    for (int w = 0; w < kSplitWarps; ++w) {
-      const float weight = state_weight(shared.max[w][head], top);
-      float x = 0.f;
-#pragma unroll
-      for (int part = 0; part < Worker::kParts; ++part) {
-        x += parts[((w * Worker::kParts + part) * kHeadTile + head) * (kD + 4) + channel];
-      }
-      out += weight * x;
-      sum += weight * shared.sum[w][head];
-    }
-    slot_out(work, slot, kD)[i] = out;
-    if (channel == 0) {
-      slot_state(work, slot, kD)[head * 2] = top;
-      slot_state(work, slot, kD)[head * 2 + 1] = sum;
-    }
-  }
-}
-
-// Walks the block's units. A Worker has kHeadDim, kUnitItems (items a unit), kParts (partial sums
-// of out a warp leaves), num_items(n, h), attend(segment, first, last) which reduces these items
-// to a state in registers, store_state (max and sum a warp and head) and store_out (parts).
-template <class Worker>
-__device__ void split_attend(Worker& worker, const SplitWork& work, float* parts) {
+__device__ void split_attend(Worker& worker, const SplitWork& work) {
   __shared__ SplitShared shared;
   UnitRange range;
   if (!find_range(worker, work, shared, range)) return;
@@ -179,103 +164,24 @@ __device__ void split_attend(Worker& worker, const SplitWork& work, float* parts
     if (unit < stop) {
       worker.attend(segment, (unit - start) * Worker::kUnitItems,
                     min(items, (stop - start) * Worker::kUnitItems));
-      worker.store_state(shared);
-      __syncthreads();  // `parts` may lie where the warps were still reading
-      worker.store_out(parts);
-      __syncthreads();
-      write_partial<Worker>(work, shared, parts, index, segment.num_heads);
-      __syncthreads();
+      worker.write_partial(segment, int64_t{blockIdx.x} + index);
       unit = stop;
     }
     start += units;
   }
 }
 
-namespace {
-
-// One block merges the partials of one query head: lse, and out normalised.
-__global__ void __launch_bounds__(kSplitThreads) merge_kernel(SplitWork work, int head_dim) {
-  __shared__ float weights[kMaxSplitBlocks];
-  __shared__ float scratch[kSplitWarps][256];
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const int index = blockIdx.x, head = blockIdx.y;
-  const Segment segment = segment_of(work, index);
-  if (head >= segment.num_heads) return;
-  const int* starts = segment_starts(work, head_dim);
-  const int64_t first = starts[index], last = starts[index + 1];
-  const int64_t total = starts[num_segments(work)];
-  const int64_t row =
-      int64_t{segment.n} * work.num_kv_heads * work.group + segment.first_head + head;
-  if (first == last) {
-    for (int c = tid; c < head_dim; c += kSplitThreads) work.out[row * head_dim + c] = 0.f;
-    if (tid == 0) work.lse[row] = kNegInf;
-    return;
-  }
-  // Block i has units [i * total / blocks, (i + 1) * total / blocks).
-  const int64_t blocks = min(int64_t{work.num_blocks}, total);
-  const int64_t first_block = ((first + 1) * blocks - 1) / total;
-  const int count = static_cast<int>((last * blocks - 1) / total - first_block) + 1;
-  const int64_t slot = first_block + index;
-
-  float top = kNegInf;
-  for (int i = tid; i < count; i += kSplitThreads) {
-    weights[i] = slot_state(work, slot + i, head_dim)[head * 2];
-    top = fmaxf(top, weights[i]);
-  }
-  top = warp_max(top);
-  if (lane == 0) scratch[warp][0] = top;
-  __syncthreads();
-  for (int w = 0; w < kSplitWarps; ++w) top = fmaxf(top, scratch[w][0]);
-  float sum = 0.f;
-  for (int i = tid; i < count; i += kSplitThreads) {
-    weights[i] = state_weight(weights[i], top);
-    sum += weights[i] * slot_state(work, slot + i, head_dim)[head * 2 + 1];
-  }
-  sum = warp_sum(sum);
-  if (lane == 0) scratch[warp][1] = sum;
-  __syncthreads();
-  sum = 0.f;
-  for (int w = 0; w < kSplitWarps; ++w) sum += scratch[w][1];
-  __syncthreads();
-
-  float out[8] = {};
-#pragma unroll 2
-  for (int i = warp; i < count; i += kSplitWarps) {
-    const float* part = slot_out(work, slot + i, head_dim) + head * head_dim;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      if (lane + 32 * j < head_dim) out[j] += weights[i] * part[lane + 32 * j];
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < 8; ++j) scratch[warp][lane + 32 * j] = out[j];
-  __syncthreads();
-  const float norm = sum > 0.f ? 1.f / sum : 0.f;
-  for (int c = tid; c < head_dim; c += kSplitThreads) {
-    float x = 0.f;
-    for (int w = 0; w < kSplitWarps; ++w) x += scratch[w][c];
-    work.out[row * head_dim + c] = x * norm;
-  }
-  if (tid == 0) work.lse[row] = sum > 0.f ? (top + log2f(sum)) * kLn2 : kNegInf;
-}
-
-// Launches `kernel` on the persistent blocks, then the merge of its partials.
-template <typename Kernel, typename Params>
-cudaError_t launch_split(Kernel kernel, const Params& params, const SplitWork& work, int head_dim,
+// Launches `kernel` on the persistent blocks.
+template <typename Params>
+cudaError_t launch_split(void (*kernel)(Params), const Params& params, const SplitWork& work,
                          int shared_bytes, cudaStream_t stream) {
-  if (work.num_blocks < 1 || work.num_blocks > kMaxSplitBlocks) return cudaErrorInvalidValue;
-  cudaError_t status =
+  if (work.num_blocks < 1) return cudaErrorInvalidValue;
+  const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
-  kernel<<<work.num_blocks, kSplitThreads, shared_bytes, stream>>>(params);
-  status = cudaGetLastError();
-  if (status != cudaSuccess) return status;
-  const dim3 grid(num_segments(work), work.group < kHeadTile ? work.group : kHeadTile);
-  merge_kernel<<<grid, kSplitThreads, 0, stream>>>(work, head_dim);
-  return cudaGetLastError();
+  return launch_dependent(kernel, dim3(work.num_blocks), dim3(kSplitThreads), shared_bytes, stream,
+                          1, params);
 }
-
-}  // namespace
 
 // Calls body with kD bound to a supported head_dim; others give cudaErrorInvalidValue.
 #define TWILIGHT_DISPATCH_HEAD_DIM(head_dim, ...) \

@@ -6,8 +6,6 @@
 namespace twilight {
 
 constexpr int kHeadTile = 8;  // query heads that share one pass; HEAD_TILE in attend_workspace.py
-constexpr int kMaxSplitBlocks =
-    2048;  // blocks of one launch, whose weights the merge keeps in shared memory
 
 // A segment is one (query row n, KV head h, tile of kHeadTile query heads of the group), in that
 // order; there are num_queries * num_kv_heads * ceil(group / kHeadTile).
@@ -15,10 +13,8 @@ struct SplitWork {
   int num_queries;   // N
   int num_kv_heads;  // Hkv
   int group;         // G = Hq / Hkv
-  int num_blocks;    // persistent blocks, <= kMaxSplitBlocks
-  float* workspace;  // slots * kHeadTile * (D + 2) + segments + 1, slots = num_blocks + segments
-  float* out;        // [N, Hq, D]
-  float* lse;        // [N, Hq]
+  int num_blocks;    // persistent blocks
+  float* workspace;  // slots * kHeadTile * (D + 2) + 2 * segments, slots = num_blocks + segments
 };
 
 // What the kernels read of layout.StepMeta; all int32.

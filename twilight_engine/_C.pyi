@@ -302,8 +302,6 @@ class SplitWork:
         group: int,
         num_blocks: int,
         workspace: int,
-        out: int,
-        lse: int,
     ) -> None: ...
 
 class StepView:
@@ -353,26 +351,15 @@ def attend_rows(
     row_dtype: int,
     stream: int,
 ) -> None: ...
-def attend_index(
+def attend_lower(
     *,
     work: SplitWork,
     step: StepView,
     scores: int,
+    lse: int,
+    grades: int,
     v_codes: int,
     v_scale: int,
-    tokens: int,
-    counts: int,
-    score_capacity: int,
-    list_capacity: int,
-    head_dim: int,
-    stream: int,
-) -> None: ...
-def attend_means(
-    *,
-    work: SplitWork,
-    step: StepView,
-    scores: int,
-    grades: int,
     v_mean: int,
     score_capacity: int,
     grade_capacity: int,
@@ -381,11 +368,9 @@ def attend_means(
 ) -> None: ...
 def merge_states(
     *,
-    outs: Sequence[int],
-    lses: Sequence[int],
+    works: Sequence[SplitWork],
     out: int,
     lse: int,
-    rows: int,
     head_dim: int,
     row_dtype: int,
     stream: int,

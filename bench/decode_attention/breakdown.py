@@ -18,9 +18,9 @@ from decode_attention.workload import Workload
 from twilight_engine.attention.selectors import LayerView
 from twilight_engine.layout import FetchLists, Pruned, StepMeta
 from twilight_engine.ops.append_rows import append_rows
-from twilight_engine.ops.attend_index import attend_index
-from twilight_engine.ops.attend_means import attend_means
+from twilight_engine.ops.attend_lower import attend_lower
 from twilight_engine.ops.attend_rows import attend_rows
+from twilight_engine.ops.attend_workspace import AttendState
 from twilight_engine.ops.estimate_errors import estimate_errors
 from twilight_engine.ops.estimate_scores import estimate_scores
 from twilight_engine.ops.gather_rows import gather_rows
@@ -30,7 +30,7 @@ from twilight_engine.ops.prune import allocate_pruned, prune
 from twilight_engine.ops.resolve_rows import resolve_rows
 
 BEFORE_ATTENTION = ("append", "select", "estimate", "errors", "prune", "resolve", "fetch")
-ATTENTION = ("attend_index", "attend_means", "attend_rows", "merge")
+ATTENTION = ("attend_lower", "attend_rows", "merge")
 OPS = (*BEFORE_ATTENTION, *ATTENTION)
 HOT_STATE = ("slot_map", "slot_key", "slot_stamp", "set_mean")
 
@@ -62,7 +62,7 @@ class LayerOps:
         self.lists = FetchLists.empty(n, heads, capacity, device)
         self.candidates: Tensor | None = None
         self.errors: Tensor | None = None
-        self.states: dict[str, tuple[Tensor, Tensor]] = {}
+        self.states: dict[str, AttendState] = {}
 
     def names(self) -> list[str]:
         """The ops that this config runs."""
@@ -70,8 +70,7 @@ class LayerOps:
         optional = {
             "select": config.selector != "all",
             "errors": config.mass_margin > 0 and config.attn_top_k is None,
-            "attend_index": config.index_top_p is not None,
-            "attend_means": config.tail == "mean",
+            "attend_lower": config.index_top_p is not None or config.tail == "mean",
         }
         return [name for name in OPS if optional.get(name, True)]
 
@@ -141,13 +140,15 @@ class LayerOps:
     def fetch(self) -> None:
         gather_rows(self.graded.tiers.host, self.lists, self.graded.windows.rows)
 
-    def attend_index(self) -> None:
-        index = self.graded.index
-        self.states["index"] = attend_index(self.scores, index, self.pruned.index, self.meta)
-
-    def attend_means(self) -> None:
-        index, grades = self.graded.index, self.pruned.grades
-        self.states["means"] = attend_means(self.scores, grades, index, self.meta)
+    def attend_lower(self) -> None:
+        self.states["lower"] = attend_lower(
+            self.scores,
+            self.lse,
+            self.pruned.grades,
+            self.graded.index,
+            self.meta,
+            tail=self.config.tail == "mean",
+        )
 
     def attend_rows(self) -> None:
         self.states["rows"] = attend_rows(
@@ -161,8 +162,7 @@ class LayerOps:
         )
 
     def merge(self) -> None:
-        states = self.states.values()
-        merge_states([s[0] for s in states], [s[1] for s in states], self.q.dtype)
+        merge_states(list(self.states.values()), self.q.dtype)
 
     def op(self, name: str) -> Callable[[], None]:
         run: Callable[[], None] = getattr(self, "errors_of_codes" if name == "errors" else name)

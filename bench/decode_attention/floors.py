@@ -79,7 +79,7 @@ def step_bytes(
     if kv.k_index == "int4_token":
         per_page = 4 * size
     states = batch_heads * group * (4 * d + 4)
-    grades = 3 if balanced else 1
+    parts = 2 if balanced else 1  # states that are merged
     device = {
         "estimate": rows.listed * d / 2
         + pages * per_page
@@ -89,13 +89,18 @@ def step_bytes(
         "resolve": 16 * rows.exact,  # token, map entry, stamp, location
         FETCH_WRITES: rows.missed * row,
         "attend_rows": (rows.exact + rows.resident) * row + 8 * rows.exact + states,
-        "merge": grades * states + batch_heads * group * d * itemsize,
+        "merge": parts * states + batch_heads * group * d * itemsize,
     }
     if margin:
         device["errors"] = pages * (2 * d + 4 * group)
     if balanced:
-        device["attend_index"] = rows.index * (d / 2 + 8 + 4 * group) + states
-        device["attend_means"] = rows.listed + 4 * group * rows.tail + pages * 2 * d + states
+        device["attend_lower"] = (
+            rows.listed
+            + 4 * group * (rows.index + rows.tail)
+            + rows.index * (d / 2 + 4)
+            + pages * 2 * d
+            + states
+        )
     return StepBytes(device, rows.missed * row, granules)
 
 

@@ -84,7 +84,7 @@ class HostFetchLayer:
         """[B, Hq, D]."""
         q, graded = self.inputs[0], self.graded
         scale = self.cache.model.softmax_scale
-        out, lse = attend_rows(
+        state = attend_rows(
             q,
             graded.windows,
             graded.tiers.host,
@@ -93,7 +93,7 @@ class HostFetchLayer:
             self.decode.meta,
             softmax_scale=scale,
         )
-        return merge_states([out], [lse], q.dtype)[0]
+        return merge_states([state], q.dtype)[0]
 
 
 class PageCopies(HostFetchLayer):

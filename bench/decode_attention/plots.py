@@ -13,8 +13,7 @@ OPS = {
     "prune": "#5b8e7d",
     "resolve": "#a9c9bd",
     "fetch": "#d1495b",
-    "attend_index": "#edae49",
-    "attend_means": "#f4d08f",
+    "attend_lower": "#edae49",
     "attend_rows": "#7b5ea7",
     "merge": "#555555",
 }

@@ -25,10 +25,10 @@ from twilight_engine.layout import (
     RowLists,
     StepMeta,
 )
+from twilight_engine.ops.attend_workspace import AttendState
 from twilight_engine.ops.gather_rows import gather_rows
 from twilight_engine.telemetry import DIRECT, MISSED
 
-State = tuple[Tensor, Tensor]
 MakeAttention = Callable[[KVCache, int, Sequence[SparseConfig]], "OpenGraded"]
 
 
@@ -92,7 +92,7 @@ class ZeroCopyRows(OpenGraded):
 class QuestPages(ZeroCopyRows):
     """Quest: every token of the blocks it selects is exact; no estimate, nothing below."""
 
-    def _attend_graded(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> list[State]:
+    def _attend_graded(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> list[AttendState]:
         view = LayerView(
             self.layer,
             self.index,

@@ -231,7 +231,7 @@ RATES = Rates(hbm_gbps=1000.0, link_gbps=50.0, granules_per_s=1e6)
 
 
 def test_floors_follow_the_path_or_the_resource() -> None:
-    device = {"estimate": 1e6, "prune": 1e6, "fetch": 1e5, "attend_index": 4e6, "attend_rows": 2e5}
+    device = {"estimate": 1e6, "prune": 1e6, "fetch": 1e5, "attend_lower": 4e6, "attend_rows": 2e5}
     step = StepBytes(device, missed=1e5, granules=3)
     # 2 us before; the fetch takes 3 us (granules), what is resident 4.1 us; the misses 0.1 us.
     assert path_floor_us(step, RATES) == pytest.approx(2 + 4.1 + 0.1)

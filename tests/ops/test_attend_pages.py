@@ -17,7 +17,7 @@ from tests.ops.attend_cases import (
 )
 from twilight_engine.layout import COUNTER_STREAMED_BYTES, NUM_COUNTERS
 from twilight_engine.ops.attend_pages import attend_pages
-from twilight_engine.ops.attend_workspace import attend_workspace_floats
+from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.reference.attend_pages import attend_pages as reference
 
 
@@ -29,7 +29,8 @@ def test_equals_reference(case: Case, on_host: bool, device: torch.device) -> No
         host = make_host_kv(case, dtype, device)
         pages = host if on_host else host.to(device)
         q = make_queries(case, meta, dtype)
-        out, lse = attend_pages(q, pages, meta.page_table, meta, softmax_scale=0.2)
+        state = attend_pages(q, pages, meta.page_table, meta, softmax_scale=0.2)
+        out, lse = merge_states([state], torch.float32)
         want_out, want_lse = reference(q, host, meta.page_table, meta, softmax_scale=0.2)
         assert out.dtype == lse.dtype == torch.float32
         compare(out, want_out)
@@ -41,7 +42,8 @@ def test_equals_sdpa_over_a_long_context(device: torch.device) -> None:
     meta = make_meta(case, device)
     pages = make_host_kv(case, torch.float32, device).to(device)
     q = make_queries(case, meta, torch.float32)
-    out, _ = attend_pages(q, pages, meta.page_table, meta, softmax_scale=0.3)
+    state = attend_pages(q, pages, meta.page_table, meta, softmax_scale=0.3)
+    out, _ = merge_states([state], torch.float32)
     rows = pages[:, meta.page_table[0, :79].long()].reshape(2, -1, 256)[:, :5000]
     k, v = rows[..., :128].repeat_interleave(4, 0), rows[..., 128:].repeat_interleave(4, 0)
     want = torch.nn.functional.scaled_dot_product_attention(
@@ -50,19 +52,13 @@ def test_equals_sdpa_over_a_long_context(device: torch.device) -> None:
     compare(out[0], want[:, 0].float())
 
 
-def test_counts_streamed_bytes_and_fills_given_tensors(device: torch.device) -> None:
+def test_counts_streamed_bytes(device: torch.device) -> None:
     case = Case(seq_lens=(150, 40), q_lens=(4, 3), group=3)
     meta = make_meta(case, device)
     pages = make_host_kv(case, torch.float32, device)
     q = make_queries(case, meta, torch.float32)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
-    out = torch.full((7, 6, 64), torch.nan, device=device)
-    lse = torch.full((7, 6), torch.nan, device=device)
-    got = attend_pages(
-        q, pages, meta.page_table, meta, softmax_scale=1.0, counters=counters, out=out, lse=lse
-    )
-    assert got[0] is out and got[1] is lse
-    assert torch.isfinite(out).all() and torch.isfinite(lse).all()
+    attend_pages(q, pages, meta.page_table, meta, softmax_scale=1.0, counters=counters)
     seen = (meta.positions + 1 - meta.ctx_starts).sum().item()
     want = torch.zeros(NUM_COUNTERS, dtype=torch.int64)
     want[COUNTER_STREAMED_BYTES] = seen * case.num_kv_heads * 2 * 64 * 4
@@ -74,27 +70,11 @@ def test_a_large_score_does_not_overflow(device: torch.device) -> None:
     meta = make_meta(case, device)
     pages = make_host_kv(case, torch.float32, device).to(device)
     q = make_queries(case, meta, torch.float32) * 100
-    out, lse = attend_pages(q, pages, meta.page_table, meta, softmax_scale=5.0)
+    state = attend_pages(q, pages, meta.page_table, meta, softmax_scale=5.0)
+    out, lse = merge_states([state], torch.float32)
     want = reference(q, pages, meta.page_table, meta, softmax_scale=5.0)
     compare(lse, want[1])
     assert torch.isfinite(out).all()
-
-
-@pytest.mark.gpu
-def test_a_workspace_too_small_is_refused() -> None:
-    device = torch.device("cuda")
-    case = Case()
-    meta = make_meta(case, device)
-    pages = make_host_kv(case, torch.float32, device).to(device)
-    q = make_queries(case, meta, torch.float32)
-    table = meta.page_table
-    with pytest.raises(ValueError, match="workspace has 10 elements"):
-        workspace = torch.empty(10, device=device)
-        attend_pages(q, pages, table, meta, softmax_scale=1.0, workspace=workspace)
-    floats = attend_workspace_floats(1, case.num_q_heads, case.num_kv_heads, 64, pages.device)
-    workspace = torch.full((floats,), torch.nan, device=device)
-    out, _ = attend_pages(q, pages, table, meta, softmax_scale=1.0, workspace=workspace)
-    compare(out, reference(q, pages, table, meta, softmax_scale=1.0)[0])
 
 
 def test_bad_arguments_are_named(device: torch.device) -> None:
@@ -103,8 +83,8 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
     pages = make_host_kv(case, torch.float32, device).to(device)
     q = make_queries(case, meta, torch.float32)
 
-    def call(q: torch.Tensor = q, pages: torch.Tensor = pages, **kwargs: torch.Tensor) -> None:
-        attend_pages(q, pages, meta.page_table, meta, softmax_scale=1.0, **kwargs)
+    def call(q: torch.Tensor = q, pages: torch.Tensor = pages) -> None:
+        attend_pages(q, pages, meta.page_table, meta, softmax_scale=1.0)
 
     with pytest.raises(ValueError, match=r"pages has dtype torch\.float16"):
         call(pages=pages.half())
@@ -114,7 +94,5 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
         call(q=q.repeat(2, 1, 1))
     with pytest.raises(NotImplementedError, match="head_dim is 32"):
         call(q=q[..., :32].contiguous(), pages=pages[..., :64].contiguous())
-    with pytest.raises(ValueError, match="lse has shape"):
-        call(lse=torch.empty(1, 3, device=device))
     with pytest.raises(NotImplementedError, match=r"q has dtype torch\.float64"):
         call(q=q.double(), pages=pages.double())

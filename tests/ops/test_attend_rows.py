@@ -27,6 +27,7 @@ from twilight_engine.layout import (
     Windows,
 )
 from twilight_engine.ops.attend_rows import attend_rows
+from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.reference.attend_pages import attend_pages as dense_reference
 from twilight_engine.reference.attend_rows import attend_rows as reference
 from twilight_engine.reference.step_tokens import page_rows
@@ -69,7 +70,8 @@ def run(
     q = make_queries(case, meta, dtype)
     counters, want_counters = torch.zeros(2, NUM_COUNTERS, dtype=torch.int64, device=device)
     args = (q, windows, host_kv, exact, locations, meta)
-    out, lse = attend_rows(*args, softmax_scale=0.2, counters=counters)
+    state = attend_rows(*args, softmax_scale=0.2, counters=counters)
+    out, lse = merge_states([state], torch.float32)
     want = reference(*args, softmax_scale=0.2, counters=want_counters)
     compare(out, want[0])
     compare(lse, want[1])
@@ -117,10 +119,10 @@ def test_a_captured_graph_follows_the_device_counts() -> None:
     q = make_queries(case, meta, torch.bfloat16)
     locations = torch.full_like(exact.tokens, NO_ROW)
     args = (q, windows, host_kv, exact, locations, meta)
-    attend_rows(*args, softmax_scale=0.1)  # warm-up: loads the kernels
+    merge_states([attend_rows(*args, softmax_scale=0.1)], torch.float32)  # loads the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = attend_rows(*args, softmax_scale=0.1)
+        out, lse = merge_states([attend_rows(*args, softmax_scale=0.1)], torch.float32)
     for share in (UNEVEN, EVERY, NONE):
         lists = make_lists(case, meta, share)
         exact.tokens.copy_(lists.tokens)

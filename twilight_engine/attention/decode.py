@@ -18,6 +18,7 @@ from twilight_engine.ops.append_rows import append_rows
 from twilight_engine.ops.attend_pages import attend_pages
 from twilight_engine.ops.index_pages import index_window_pages
 from twilight_engine.ops.lsh_codes import write_lsh_codes
+from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.telemetry import Visit
 
 
@@ -135,8 +136,8 @@ class DecodeAttention:
         append_rows(k, v, tiers.windows, tiers.host, meta, pages=tiers.pages, counters=counters)
         if tiers.pages is not None:
             scale = self.cache.model.softmax_scale
-            out, _ = attend_pages(q, tiers.pages, meta.page_table, meta, softmax_scale=scale)
-            return out.to(q.dtype)
+            state = attend_pages(q, tiers.pages, meta.page_table, meta, softmax_scale=scale)
+            return merge_states([state], q.dtype)[0]
         assert tiers.windows is not None and tiers.index is not None
         index_window_pages(tiers.windows, meta, tiers.index)
         if tiers.lsh is not None:

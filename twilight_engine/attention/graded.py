@@ -17,17 +17,15 @@ from twilight_engine.config import SparseConfig
 from twilight_engine.kv.cache import KVCache
 from twilight_engine.kv.tiers import StepBuffers
 from twilight_engine.layout import Pruned, RowLists, StepMeta
-from twilight_engine.ops.attend_index import attend_index
-from twilight_engine.ops.attend_means import attend_means
+from twilight_engine.ops.attend_lower import attend_lower
 from twilight_engine.ops.attend_rows import attend_rows
+from twilight_engine.ops.attend_workspace import AttendState
 from twilight_engine.ops.estimate_errors import estimate_errors
 from twilight_engine.ops.estimate_scores import estimate_scores
 from twilight_engine.ops.gather_rows import gather_rows
 from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.ops.prune import list_all, prune
 from twilight_engine.ops.resolve_rows import resolve_rows
-
-State = tuple[Tensor, Tensor]  # out [N, Hq, D] float32, lse [N, Hq]
 
 
 class GradedAttention:
@@ -86,22 +84,39 @@ class GradedAttention:
             states = [self._attend_exact(q, exact, locations, meta)]
         else:
             states = self._attend_graded(q, meta, buffers)
-        out, _ = merge_states([s[0] for s in states], [s[1] for s in states], q.dtype)
+        out, _ = merge_states(states, q.dtype)
         return out
 
-    def _attend_graded(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> list[State]:
-        pruned, scores = self._prune(q, meta, buffers)
+    def _attend_graded(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> list[AttendState]:
+        pruned, scores, lse = self._prune(q, meta, buffers)
         locations = self._fetch(pruned.exact, meta, buffers)
-        states: list[State] = []
-        if self.index_top_p is not None:
-            states.append(attend_index(scores, self.index, pruned.index, meta))
-        if self.config.tail == "mean":
-            states.append(attend_means(scores, pruned.grades, self.index, meta))
+        states = self._start_lower(scores, lse, pruned, meta)
         states.append(self._attend_exact(q, pruned.exact, locations, meta))
-        return states
+        if self.cache.side_stream is not None:
+            torch.cuda.current_stream(self.cache.device).wait_stream(self.cache.side_stream)
+        return states  # lse and the lower grades' state were kept until the streams met again
 
-    def _prune(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> tuple[Pruned, Tensor]:
-        """Select, estimate and grade every visible token."""
+    def _start_lower(
+        self, scores: Tensor, lse: Tensor, pruned: Pruned, meta: StepMeta
+    ) -> list[AttendState]:
+        """Attend to the grades below exact, on a stream beside the fetch: they wait for no row.
+
+        They start behind the resolve, not beside it, since their blocks would stand in its way.
+        """
+        tail = self.config.tail == "mean"
+        if self.index_top_p is None and not tail:
+            return []
+        stream = self.cache.side_stream
+        if stream is None:
+            return [attend_lower(scores, lse, pruned.grades, self.index, meta, tail=tail)]
+        stream.wait_stream(torch.cuda.current_stream(self.cache.device))
+        with torch.cuda.stream(stream):
+            return [attend_lower(scores, lse, pruned.grades, self.index, meta, tail=tail)]
+
+    def _prune(
+        self, q: Tensor, meta: StepMeta, buffers: StepBuffers
+    ) -> tuple[Pruned, Tensor, Tensor]:
+        """Select, estimate and grade every visible token: grades, scores, their log-sum-exp."""
         scale = self.cache.model.softmax_scale
         per_token = getattr(self.selector, "per_token", False)
         block = 1 if per_token else self.index.candidate_block
@@ -147,7 +162,7 @@ class GradedAttention:
             out=buffers.pruned,
             weights=buffers.weights,
         )
-        return pruned, scores
+        return pruned, scores, lse
 
     def _fetch(self, exact: RowLists, meta: StepMeta, buffers: StepBuffers) -> Tensor:
         """Resolve against the hot rows and start the gather of what they lack -> locations."""
@@ -171,7 +186,9 @@ class GradedAttention:
             gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters, times=times)
         return locations
 
-    def _attend_exact(self, q: Tensor, exact: RowLists, locations: Tensor, meta: StepMeta) -> State:
+    def _attend_exact(
+        self, q: Tensor, exact: RowLists, locations: Tensor, meta: StepMeta
+    ) -> AttendState:
         """Attend over resident and fetched rows, once the gather has landed."""
         if self.cache.copy_stream is not None:
             torch.cuda.current_stream(self.cache.device).wait_stream(self.cache.copy_stream)

@@ -96,7 +96,7 @@ class StreamedAttention:
         states.append(
             attend_rows(q, tiers.windows, tiers.host, exact, locations, meta, softmax_scale=scale)
         )
-        out, _ = merge_states([s[0] for s in states], [s[1] for s in states], q.dtype)
+        out, _ = merge_states(states, q.dtype)
         if self.cache.on_gpu:
             staging.consumed = torch.cuda.Event()
             staging.consumed.record()

@@ -91,6 +91,8 @@ class KVCache:
             model, kv_config, max_model_len=max_model_len, max_num_seqs=max_num_seqs, dtype=dtype
         )
         self.copy_stream = torch.cuda.Stream(self.device) if self.on_gpu else None
+        # For what needs no fetched row; whoever forks it off joins it again within the layer.
+        self.side_stream = torch.cuda.Stream(self.device) if self.on_gpu else None
         self.pool = PagePool(self.plan.num_pages)
         self.host = HostArena(
             num_layers=model.num_layers,

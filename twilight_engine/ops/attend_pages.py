@@ -8,6 +8,7 @@ from torch import Tensor
 from twilight_engine.layout import COUNTER_STREAMED_BYTES, StepMeta
 from twilight_engine.ops import attend_workspace as ws
 from twilight_engine.ops import launch
+from twilight_engine.ops.attend_workspace import AttendState
 from twilight_engine.ops.cpu import attend_pages as cpu
 
 
@@ -19,10 +20,7 @@ def attend_pages(
     *,
     softmax_scale: float,
     counters: Tensor | None = None,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
-    workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> AttendState:
     """Attend from every query row to all the tokens it sees.
 
     out[n, hq] = softmax(softmax_scale * q[n, hq] . K[ctx_starts[n] .. positions[n]]) V
@@ -35,10 +33,7 @@ def attend_pages(
         softmax_scale: multiplies the logits.
         counters: [NUM_COUNTERS] int64; COUNTER_STREAMED_BYTES grows by the bytes read. For pages
             in host memory.
-        out, lse: [N, Hq, D] and [N, Hq] float32 to fill; allocated if None.
-        workspace: float32, attend_workspace_floats(...) elements, CUDA only; allocated if None.
-    Returns: out [N, Hq, D] float32; lse [N, Hq] float32, natural log; (0, -inf) for a row that
-        sees nothing.
+    Returns: the state, for merge_states.
     Raises: ValueError for shapes or dtypes other than these; NotImplementedError for an
         unsupported dtype or head_dim.
     Source: split-KV decoding (Flash-Decoding); see csrc/attend_pages.cu.
@@ -50,16 +45,15 @@ def attend_pages(
     launch.check_shape("page_table", page_table, (meta.num_seqs, None))
     launch.check_dtype("page_table", page_table, torch.int32)
     ws.check_rows_layout("pages", pages)
-    out, lse = ws.state_tensors(n, hq, head_dim, q.device, out, lse)
+    state = ws.new_state("rows", (n, hq, head_dim), hkv, q.device)
     if n == 0:
-        return out, lse
+        return state
     if not q.is_cuda:
         ws.check_cpu_dtype(q)
-        cpu.attend_pages(q, pages, page_table, meta, softmax_scale, counters, out, lse)
-        return out, lse
-    work, _keep = ws.split_work("rows", hkv, out, lse, workspace)
+        cpu.attend_pages(q, pages, page_table, meta, softmax_scale, counters, *state.tensors)
+        return state
     launch.kernels().attend_pages(
-        work=work,
+        work=state.work,
         step=ws.step_view(meta, page_table),
         q=launch.ptr(q),
         pages=launch.ptr(pages),
@@ -70,4 +64,4 @@ def attend_pages(
         row_dtype=launch.row_dtype("q", q),
         stream=launch.current_stream(q),
     )
-    return out, lse
+    return state

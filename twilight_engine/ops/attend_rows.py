@@ -8,6 +8,7 @@ from torch import Tensor
 from twilight_engine.layout import COUNTER_DIRECT_BYTES, RowLists, StepMeta, Windows
 from twilight_engine.ops import attend_workspace as ws
 from twilight_engine.ops import launch
+from twilight_engine.ops.attend_workspace import AttendState
 from twilight_engine.ops.cpu import attend_rows as cpu
 
 
@@ -21,10 +22,7 @@ def attend_rows(
     *,
     softmax_scale: float,
     counters: Tensor | None = None,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
-    workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> AttendState:
     """Attend from every query row to its resident tokens and its listed tokens.
 
     out[n, hq] = softmax(softmax_scale * q[n, hq] . K[resident and listed]) V[the same]
@@ -40,9 +38,7 @@ def attend_rows(
         locations: [N, Hkv, C] int32 rows of the pool, or NO_ROW, for exact.tokens.
         softmax_scale: multiplies the logits.
         counters: [NUM_COUNTERS] int64; COUNTER_DIRECT_BYTES grows by the bytes read from host_kv.
-        out, lse: [N, Hq, D] and [N, Hq] float32 to fill; allocated if None.
-        workspace: float32, attend_workspace_floats(...) elements, CUDA only; allocated if None.
-    Returns: out [N, Hq, D] float32; lse [N, Hq] float32, natural log; (0, -inf) where empty.
+    Returns: the state, for merge_states.
     Raises: ValueError for shapes or dtypes other than these; NotImplementedError for an
         unsupported dtype or head_dim.
     Source: split-KV decoding (Flash-Decoding), balanced as stream-K; see csrc/attend_rows.cu.
@@ -65,18 +61,17 @@ def attend_rows(
     if meta.num_sink != windows.num_sink:
         raise ValueError(f"meta.num_sink is {meta.num_sink}; windows has {windows.num_sink}")
     ws.check_rows_layout("host_kv", host_kv)
-    out, lse = ws.state_tensors(n, hq, head_dim, q.device, out, lse)
+    state = ws.new_state("rows", (n, hq, head_dim), hkv, q.device)
     if n == 0:
-        return out, lse
+        return state
     if not q.is_cuda:
         ws.check_cpu_dtype(q)
         cpu.attend_rows(
-            q, windows, host_kv, exact, locations, meta, softmax_scale, counters, out, lse
+            q, windows, host_kv, exact, locations, meta, softmax_scale, counters, *state.tensors
         )
-        return out, lse
-    work, _keep = ws.split_work("rows", hkv, out, lse, workspace)
+        return state
     launch.kernels().attend_rows(
-        work=work,
+        work=state.work,
         step=ws.step_view(meta),
         q=launch.ptr(q),
         pool=launch.ptr(windows.rows),
@@ -93,4 +88,4 @@ def attend_rows(
         row_dtype=launch.row_dtype("q", q),
         stream=launch.current_stream(q),
     )
-    return out, lse
+    return state

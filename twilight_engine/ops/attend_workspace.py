@@ -1,7 +1,8 @@
-"""What the attention ops share: argument checks, state tensors, and the split-KV workspace."""
+"""What the attention ops share: argument checks, and the states they leave for merge_states."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
     from twilight_engine import _C
 
 HEAD_TILE = 8  # query heads that share one pass over K and V; kHeadTile in csrc/split_attend.h
-# Persistent blocks a multiprocessor holds: rows at head_dim 128 by shared memory (101 KB a block),
-# the others by registers. More would run as a second, uneven wave.
-BLOCKS_PER_SM = {"rows": 2, "index": 3, "means": 4}
+# Persistent blocks a multiprocessor gets. Rows at head_dim 128 fill its shared memory (101 KB a
+# block). The lower grades run beside the fetch (512 threads a block) and the rows: two blocks take
+# half of the registers.
+BLOCKS_PER_SM = {"rows": 2, "lower": 2}
 
 
 @lru_cache
@@ -27,44 +29,41 @@ def num_blocks(kind: str, device: torch.device) -> int:
     return BLOCKS_PER_SM[kind] * count
 
 
-def attend_workspace_floats(
-    num_queries: int, num_q_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
-) -> int:
-    """Float32 elements of workspace that any of the attention ops needs at these sizes.
+@dataclass(frozen=True)
+class AttendState:
+    """What attention over one set of tokens leaves: an op's result, for merge_states to normalise.
 
-    A partial state (HEAD_TILE heads of out, max and sum) for each block and each segment (query
-    row, KV head, tile of query heads), and the segments' starts. See csrc/split_attend.cuh.
+    On a GPU `tensors` is one float32 workspace that holds each block's partial states, and `work`
+    describes it (csrc/split_attend.cuh). On a CPU `work` is None and `tensors` are out [N, Hq, D]
+    and lse [N, Hq], float32: (0, -inf) where the set is empty.
     """
-    group = num_q_heads // num_kv_heads
-    segments = num_queries * num_kv_heads * -(-group // HEAD_TILE)
-    blocks = max(num_blocks(kind, device) for kind in BLOCKS_PER_SM)
-    return (blocks + segments) * HEAD_TILE * (head_dim + 2) + segments + 1
+
+    shape: tuple[int, int, int]  # N, Hq, D
+    work: _C.SplitWork | None
+    tensors: tuple[Tensor, ...]
 
 
-def split_work(
-    kind: str, num_kv_heads: int, out: Tensor, lse: Tensor, workspace: Tensor | None
-) -> tuple[_C.SplitWork, Tensor]:
-    """The kernels' view of sizes and results, and the workspace to keep until the launch."""
-    n, hq, head_dim = out.shape
-    needed = attend_workspace_floats(n, hq, num_kv_heads, head_dim, out.device)
-    if workspace is None:
-        workspace = torch.empty(needed, dtype=torch.float32, device=out.device)
-    launch.check_dtype("workspace", workspace, torch.float32)
-    if workspace.numel() < needed or workspace.device != out.device:
-        raise ValueError(
-            f"workspace has {workspace.numel()} elements on {workspace.device}; "
-            f"at least {needed} on {out.device} are needed"
-        )
+def new_state(
+    kind: str, shape: tuple[int, int, int], num_kv_heads: int, device: torch.device
+) -> AttendState:
+    """An op's state, yet to be filled: memory of its own, so that ops may run side by side."""
+    n, hq, head_dim = shape
+    if device.type != "cuda":
+        tensors = torch.empty(shape, device=device), torch.empty(shape[:2], device=device)
+        return AttendState(shape, None, tensors)
+    group = hq // num_kv_heads
+    segments = n * num_kv_heads * -(-group // HEAD_TILE)
+    blocks = num_blocks(kind, device)
+    floats = (blocks + segments) * HEAD_TILE * (head_dim + 2) + 2 * segments
+    workspace = torch.empty(floats, dtype=torch.float32, device=device)
     work = launch.kernels().SplitWork(
         num_queries=n,
         num_kv_heads=num_kv_heads,
-        group=hq // num_kv_heads,
-        num_blocks=num_blocks(kind, out.device),
+        group=group,
+        num_blocks=blocks,
         workspace=launch.ptr(workspace),
-        out=launch.ptr(out),
-        lse=launch.ptr(lse),
     )
-    return work, workspace
+    return AttendState(shape, work, (workspace,))
 
 
 def step_view(meta: StepMeta, page_table: Tensor | None = None) -> _C.StepView:
@@ -135,20 +134,3 @@ def check_cpu_dtype(q: Tensor) -> None:
     """NotImplementedError for rows that the numba paths do not read."""
     if q.dtype != torch.float32:
         raise NotImplementedError(f"q has dtype {q.dtype}; on a CPU only float32 is supported")
-
-
-def state_tensors(
-    n: int, hq: int, head_dim: int, device: torch.device, out: Tensor | None, lse: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The output tensors given, checked, or new ones."""
-    if out is None:
-        out = torch.empty(n, hq, head_dim, device=device)
-    if lse is None:
-        lse = torch.empty(n, hq, device=device)
-    launch.check_shape("out", out, (n, hq, head_dim))
-    launch.check_shape("lse", lse, (n, hq))
-    for name, tensor in (("out", out), ("lse", lse)):
-        launch.check_dtype(name, tensor, torch.float32)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
-    return out, lse
