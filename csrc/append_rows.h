@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "csrc/index_pages.h"
+
 namespace twilight {
 
 // Byte strides are multiples of 16, and so are all row addresses.
@@ -21,17 +23,21 @@ struct AppendRowsParams {
   int num_sink;
   const int* page_table;  // [B, page_table_stride]
   int64_t page_table_stride;
-  const int* seq_slots;  // [B]
-  const int* seq_lens;   // [B]
-  const int* query_seq;  // [N]
-  const int* positions;  // [N]
-  int64_t* counters;     // [NUM_COUNTERS], or null
-  int num_queries;       // N
+  const int* seq_slots;     // [B]
+  const int* seq_lens;      // [B]
+  const int* cu_seqlens_q;  // [B + 1]
+  const int* query_seq;     // [N]
+  const int* positions;     // [N]
+  int64_t* counters;        // [NUM_COUNTERS], or null
+  int num_queries;          // N
+  int num_seqs;             // B
   int num_kv_heads;
   int page_size;
   int head_bytes;  // D * itemsize
 };
 
-cudaError_t launch_append_rows(const AppendRowsParams& p, cudaStream_t stream);
+// index: where the pages go that the rows complete; k_codes null: nowhere.
+cudaError_t launch_append_rows(const AppendRowsParams& p, const IndexPagesParams& index,
+                               cudaStream_t stream);
 
 }  // namespace twilight

@@ -16,7 +16,7 @@ void bind_hot_rows(py::module_& m) {
          uint64_t locations, uint64_t fetch_src, uint64_t fetch_dst, uint64_t fetch_counts,
          uint64_t fetch_direct, uint64_t counters, int num_queries, int num_seqs, int num_kv_heads,
          int capacity, int fetch_capacity, int num_chunks, int first_row, int page_size,
-         int64_t table_stride, int64_t keys_per_head, uint64_t stream) {
+         int table_pages, int64_t table_stride, int64_t keys_per_head, uint64_t stream) {
         const twilight::ResolveRowsParams p{as<int>(tokens),
                                             as<int>(counts),
                                             as<int>(page_table),
@@ -43,6 +43,7 @@ void bind_hot_rows(py::module_& m) {
                                             num_chunks,
                                             first_row,
                                             page_size,
+                                            table_pages,
                                             table_stride,
                                             keys_per_head};
         check(twilight::launch_resolve_rows(p, as_stream(stream)), "resolve_rows");
@@ -53,8 +54,8 @@ void bind_hot_rows(py::module_& m) {
       py::arg("step"), py::arg("locations"), py::arg("fetch_src"), py::arg("fetch_dst"),
       py::arg("fetch_counts"), py::arg("fetch_direct"), py::arg("counters"), py::arg("num_queries"),
       py::arg("num_seqs"), py::arg("num_kv_heads"), py::arg("capacity"), py::arg("fetch_capacity"),
-      py::arg("num_chunks"), py::arg("first_row"), py::arg("page_size"), py::arg("table_stride"),
-      py::arg("keys_per_head"), py::arg("stream"));
+      py::arg("num_chunks"), py::arg("first_row"), py::arg("page_size"), py::arg("table_pages"),
+      py::arg("table_stride"), py::arg("keys_per_head"), py::arg("stream"));
   m.def(
       "rebalance_quotas",
       [](uint64_t slot_map, uint64_t slot_key, uint64_t chunk_owner, uint64_t set_mean,
@@ -96,18 +97,30 @@ void bind_hot_rows(py::module_& m) {
       "gather_rows",
       [](uint64_t host_kv, uint64_t src, uint64_t dst, uint64_t counts, uint64_t rows,
          uint64_t counters, uint64_t times, int num_segments, int num_kv_heads, int fetch_capacity,
-         int64_t head_stride_bytes, int row_bytes, int num_blocks, uint64_t stream) {
-        const twilight::GatherRowsParams p{
-            as<char>(host_kv), as<int>(src),          as<int>(dst),       as<int>(counts),
-            as<char>(rows),    as<int64_t>(counters), as<int64_t>(times), num_segments,
-            num_kv_heads,      fetch_capacity,        head_stride_bytes,  row_bytes,
-            num_blocks};
+         int64_t head_stride_bytes, int row_bytes, int num_blocks, bool touch, bool wide,
+         uint64_t stream) {
+        const twilight::GatherRowsParams p{as<char>(host_kv),
+                                           as<int>(src),
+                                           as<int>(dst),
+                                           as<int>(counts),
+                                           as<char>(rows),
+                                           as<int64_t>(counters),
+                                           as<int64_t>(times),
+                                           num_segments,
+                                           num_kv_heads,
+                                           fetch_capacity,
+                                           head_stride_bytes,
+                                           row_bytes,
+                                           num_blocks,
+                                           touch,
+                                           wide};
         check(twilight::launch_gather_rows(p, as_stream(stream)), "gather_rows");
       },
       py::kw_only(), py::arg("host_kv"), py::arg("src"), py::arg("dst"), py::arg("counts"),
       py::arg("rows"), py::arg("counters"), py::arg("times"), py::arg("num_segments"),
       py::arg("num_kv_heads"), py::arg("fetch_capacity"), py::arg("head_stride_bytes"),
-      py::arg("row_bytes"), py::arg("num_blocks"), py::arg("stream"));
+      py::arg("row_bytes"), py::arg("num_blocks"), py::arg("touch"), py::arg("wide"),
+      py::arg("stream"));
 }
 
 }  // namespace twilight::bindings

@@ -39,8 +39,10 @@ void bind_index(py::module_& m) {
          std::array<int64_t, 2> v_stride_bytes, uint64_t host_kv, int64_t host_head_bytes,
          uint64_t pages, int64_t pages_head_bytes, uint64_t windows, int window_rows, int num_sink,
          uint64_t page_table, int64_t page_table_stride, uint64_t seq_slots, uint64_t seq_lens,
-         uint64_t query_seq, uint64_t positions, uint64_t counters, int num_queries,
-         int num_kv_heads, int page_size, int head_bytes, uint64_t stream) {
+         uint64_t cu_seqlens_q, uint64_t query_seq, uint64_t positions, uint64_t counters,
+         int num_queries, int num_seqs, int num_kv_heads, int page_size, int head_bytes,
+         uint64_t k_codes, uint64_t k_scale, uint64_t k_bounds, uint64_t v_codes, uint64_t v_scale,
+         uint64_t v_mean, int head_dim, int dtype, uint64_t stream) {
         const twilight::AppendRowsParams p{as<char>(k),
                                            as<char>(v),
                                            {k_stride_bytes[0], k_stride_bytes[1]},
@@ -56,22 +58,28 @@ void bind_index(py::module_& m) {
                                            page_table_stride,
                                            as<int>(seq_slots),
                                            as<int>(seq_lens),
+                                           as<int>(cu_seqlens_q),
                                            as<int>(query_seq),
                                            as<int>(positions),
                                            as<int64_t>(counters),
                                            num_queries,
+                                           num_seqs,
                                            num_kv_heads,
                                            page_size,
                                            head_bytes};
-        check(twilight::launch_append_rows(p, as_stream(stream)), "append_rows");
+        const auto index = index_params(k_codes, k_scale, k_bounds, v_codes, v_scale, v_mean,
+                                        page_size, num_kv_heads, head_dim, dtype);
+        check(twilight::launch_append_rows(p, index, as_stream(stream)), "append_rows");
       },
       py::kw_only(), py::arg("k"), py::arg("v"), py::arg("k_stride_bytes"),
       py::arg("v_stride_bytes"), py::arg("host_kv"), py::arg("host_head_bytes"), py::arg("pages"),
       py::arg("pages_head_bytes"), py::arg("windows"), py::arg("window_rows"), py::arg("num_sink"),
       py::arg("page_table"), py::arg("page_table_stride"), py::arg("seq_slots"),
-      py::arg("seq_lens"), py::arg("query_seq"), py::arg("positions"), py::arg("counters"),
-      py::arg("num_queries"), py::arg("num_kv_heads"), py::arg("page_size"), py::arg("head_bytes"),
-      py::arg("stream"));
+      py::arg("seq_lens"), py::arg("cu_seqlens_q"), py::arg("query_seq"), py::arg("positions"),
+      py::arg("counters"), py::arg("num_queries"), py::arg("num_seqs"), py::arg("num_kv_heads"),
+      py::arg("page_size"), py::arg("head_bytes"), py::arg("k_codes"), py::arg("k_scale"),
+      py::arg("k_bounds"), py::arg("v_codes"), py::arg("v_scale"), py::arg("v_mean"),
+      py::arg("head_dim"), py::arg("dtype"), py::arg("stream"));
   m.def(
       "index_pages",
       [](uint64_t k, uint64_t v, Strides k_strides, Strides v_strides, uint64_t page_ids,
@@ -93,28 +101,6 @@ void bind_index(py::module_& m) {
       py::arg("k_bounds"), py::arg("v_codes"), py::arg("v_scale"), py::arg("v_mean"),
       py::arg("page_size"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("dtype"),
       py::arg("stream"));
-  m.def(
-      "index_window_pages",
-      [](uint64_t rows, int num_sink, int window_rows, uint64_t page_table,
-         int64_t page_table_stride, uint64_t seq_slots, uint64_t query_seq, uint64_t positions,
-         int num_queries, uint64_t k_codes, uint64_t k_scale, uint64_t k_bounds, uint64_t v_codes,
-         uint64_t v_scale, uint64_t v_mean, int page_size, int num_kv_heads, int head_dim,
-         int dtype, uint64_t stream) {
-        const twilight::WindowPagesParams source{
-            as<void>(rows),      num_sink,           window_rows,
-            as<int>(page_table), page_table_stride,  as<int>(seq_slots),
-            as<int>(query_seq),  as<int>(positions), num_queries};
-        const auto index = index_params(k_codes, k_scale, k_bounds, v_codes, v_scale, v_mean,
-                                        page_size, num_kv_heads, head_dim, dtype);
-        check(twilight::launch_index_window_pages(source, index, as_stream(stream)),
-              "index_window_pages");
-      },
-      py::kw_only(), py::arg("rows"), py::arg("num_sink"), py::arg("window_rows"),
-      py::arg("page_table"), py::arg("page_table_stride"), py::arg("seq_slots"),
-      py::arg("query_seq"), py::arg("positions"), py::arg("num_queries"), py::arg("k_codes"),
-      py::arg("k_scale"), py::arg("k_bounds"), py::arg("v_codes"), py::arg("v_scale"),
-      py::arg("v_mean"), py::arg("page_size"), py::arg("num_kv_heads"), py::arg("head_dim"),
-      py::arg("dtype"), py::arg("stream"));
   m.def(
       "quest_scores",
       [](uint64_t q, uint64_t bounds, bool by_channel, uint64_t page_table,

@@ -2,10 +2,10 @@
 // csrc/prune.cu finds its thresholds with.
 #pragma once
 
-#include <cooperative_groups.h>
-
 #include <climits>
 #include <cstdint>
+
+#include "csrc/ranks.cuh"
 
 namespace twilight {
 
@@ -20,27 +20,6 @@ constexpr int kNothing = INT_MAX;     // a threshold that no weight's bits reach
 constexpr int kEverything = 0;        // one that each candidate's do
 constexpr int kExactTarget = 0;
 constexpr int kIndexTarget = 1;
-
-// The blocks that share a (query row, KV head): one before sm_90, which has no clusters.
-struct Ranks {
-#if __CUDA_ARCH__ >= 900
-  __device__ int rank() const { return cooperative_groups::this_cluster().block_rank(); }
-  __device__ int count() const { return cooperative_groups::this_cluster().num_blocks(); }
-  __device__ void sync() const { cooperative_groups::this_cluster().sync(); }
-  template <typename T>
-  __device__ const T* of(const T* shared, int r) const {
-    return cooperative_groups::this_cluster().map_shared_rank(const_cast<T*>(shared), r);
-  }
-#else
-  __device__ int rank() const { return 0; }
-  __device__ int count() const { return 1; }
-  __device__ void sync() const { __syncthreads(); }
-  template <typename T>
-  __device__ const T* of(const T* shared, int) const {
-    return shared;
-  }
-#endif
-};
 
 struct Histogram {
   unsigned low[kBins], high[kBins];  // a bin's 64-bit sum; shared memory adds 32 bits at a time

@@ -1,23 +1,36 @@
 // gather_rows: rows[dst] = host_kv[head][src] for every entry of the fetch lists.
 //
-// A few blocks stay for the whole copy and read host memory themselves (zero-copy). Each finds the
-// segments' offsets from the device counts, in shared memory; then warps take turns at runs of
-// kInFlight * 32 vectors of 16 bytes of all rows laid end to end, so that neighbouring loads go to
-// neighbouring rows of the list, a warp has kInFlight loads a lane on the link at once, and any row
-// size that is a multiple of 16 bytes keeps all lanes busy.
-// Bytes moved: row_bytes an entry over the link (PCIe 5 x16: 51 GB/s measured; 8 blocks reach it).
+// Blocks read host memory themselves (zero-copy). Each finds the segments' offsets from the device
+// counts and takes tiles of neighbouring rows of all lists laid end to end: a thread resolves one
+// row of the tile to its two addresses, in shared memory; then warps take turns at runs of
+// kInFlight * 32 vectors of 16 bytes, so that a warp has kInFlight loads a lane on the link at once
+// and any row size that is a multiple of 16 bytes keeps all lanes busy. A short list is divided
+// over all blocks, one tile each, so that all of its rows are on the link at once; rows of one
+// granule of address translation (64 KB), being neighbours in the list, are asked for by one block.
+// Bytes moved: row_bytes an entry over the link (PCIe 5 x16: 51 GB/s measured; 128 warps reach it).
+// Scattered rows cost translations instead: 40-50 million new granules a second. `touch` asks for
+// all granules of a tile with one load instruction a warp before it asks for the rows.
 // With `times` the blocks also note when the first began and the last ended, by the GPU's own
 // clock: timing events inside a CUDA graph could be read only between two replays.
 #include "csrc/block_scan.cuh"
 #include "csrc/common.cuh"
+#include "csrc/dependent_launch.cuh"
 #include "csrc/gather_rows.h"
 
 namespace twilight {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;  // small blocks on many SMs leave room for the kernels beside them
+constexpr int kWarps = kThreads / 32;
 constexpr int kInFlight = 4;
 constexpr int kRun = 32 * kInFlight;  // vectors a warp moves at a time
+constexpr int kGranuleBits = 16;      // of an address within a granule
+
+// Where the rows of a tile come from (null: skip) and go to.
+struct Tile {
+  const char* from[kThreads];
+  char* to[kThreads];
+};
 
 // ends[s] becomes the number of rows in segments 0 .. s; returns the number of all rows.
 __device__ unsigned sum_segments(const GatherRowsParams& p, unsigned* ends, BlockScan& scan) {
@@ -49,55 +62,97 @@ __device__ __forceinline__ int segment_of(const unsigned* ends, int num_segments
   return low;
 }
 
+// Finds the addresses of row `first + threadIdx.x` of all; returns where it comes from.
+__device__ const char* find_row(const GatherRowsParams& p, const unsigned* ends, unsigned first,
+                                unsigned rows, Tile& tile) {
+  const char* from = nullptr;
+  if (threadIdx.x < rows) {
+    const unsigned row = first + threadIdx.x;
+    const int segment = segment_of(ends, p.num_segments, row);
+    const unsigned begin = segment == 0 ? 0 : ends[segment - 1];
+    const int64_t entry = static_cast<int64_t>(segment) * p.capacity + (row - begin);
+    const int src = p.src[entry], dst = p.dst[entry];
+    if (src >= 0 && dst >= 0) {
+      from = p.host_kv + (segment % p.num_kv_heads) * p.head_stride_bytes +
+             static_cast<int64_t>(src) * p.row_bytes;
+      tile.to[threadIdx.x] = p.rows + static_cast<int64_t>(dst) * p.row_bytes;
+    }
+    tile.from[threadIdx.x] = from;
+  }
+  return from;
+}
+
+// Reads a word of a granule that the lane below does not read from; nobody waits for it here.
+__device__ __forceinline__ int touch_granule(const char* from) {
+  const uint64_t granule = reinterpret_cast<uint64_t>(from) >> kGranuleBits;
+  const uint64_t below = __shfl_up_sync(0xffffffffu, granule, 1);
+  const bool is_new = threadIdx.x % 32 == 0 || granule != below;
+  return from != nullptr && is_new ? *reinterpret_cast<const volatile int*>(from) : 0;
+}
+
+template <bool kWide>
+__device__ __forceinline__ uint4 load_host(const char* from) {
+  if (!kWide) return __ldcs(reinterpret_cast<const uint4*>(from));
+  uint4 x;
+  asm volatile("ld.global.cs.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
+}
+
+template <bool kWide>
+__device__ void copy_tile(const Tile& tile, unsigned rows, unsigned row_vectors) {
+  const unsigned num_vectors = rows * row_vectors;
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (unsigned start = warp * kRun; start < num_vectors; start += kWarps * kRun) {
+    char* to[kInFlight];
+    uint4 data[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const unsigned vector = start + i * 32 + lane;
+      const unsigned row = vector / row_vectors, offset = (vector - row * row_vectors) * 16;
+      const char* from = vector < num_vectors ? tile.from[row] : nullptr;
+      to[i] = nullptr;
+      if (from == nullptr) continue;
+      to[i] = tile.to[row] + offset;
+      data[i] = load_host<kWide>(from + offset);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (to[i] != nullptr) *reinterpret_cast<uint4*>(to[i]) = data[i];
+    }
+  }
+}
+
 __device__ __forceinline__ unsigned long long now_ns() {
   unsigned long long ns;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
   return ns;
 }
 
+template <bool kTouch, bool kWide>
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRowsParams p) {
   extern __shared__ unsigned ends[];  // [num_segments]
   __shared__ BlockScan scan;
+  __shared__ Tile tile;
+  let_next_start();
+  wait_for_inputs();
   const bool timed = p.times != nullptr && threadIdx.x == 0;
   const unsigned long long start_ns = timed ? now_ns() : 0;
   const unsigned num_rows = sum_segments(p, ends, scan);
-  const unsigned row_vectors = p.row_bytes / 16;
-  const uint64_t num_vectors = static_cast<uint64_t>(num_rows) * row_vectors;
-  const unsigned lane = threadIdx.x % 32;
-  const uint64_t warp = (threadIdx.x / 32) * gridDim.x + blockIdx.x;  // short lists: all blocks
-  const uint64_t stride = static_cast<uint64_t>(gridDim.x) * (kThreads / 32) * kRun;
+  const unsigned each = (num_rows + gridDim.x - 1) / gridDim.x;
+  const unsigned tile_rows = min(max(each, 1u), static_cast<unsigned>(kThreads));
   unsigned moved = 0;
 
-  for (uint64_t start = warp * kRun; start < num_vectors; start += stride) {
-    const unsigned first_row = static_cast<unsigned>(start / row_vectors);
-    const unsigned first_vector = static_cast<unsigned>(start % row_vectors);
-    const char* from[kInFlight];
-    char* to[kInFlight];
-    uint4 data[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const unsigned vector = first_vector + i * 32 + lane;
-      const unsigned row = first_row + vector / row_vectors, part = vector % row_vectors;
-      to[i] = nullptr;
-      if (row >= num_rows) continue;
-      const int segment = segment_of(ends, p.num_segments, row);
-      const unsigned begin = segment == 0 ? 0 : ends[segment - 1];
-      const int64_t entry = static_cast<int64_t>(segment) * p.capacity + (row - begin);
-      const int src = p.src[entry], dst = p.dst[entry];
-      if (src < 0 || dst < 0) continue;
-      from[i] = p.host_kv + (segment % p.num_kv_heads) * p.head_stride_bytes +
-                static_cast<int64_t>(src) * p.row_bytes + part * 16;
-      to[i] = p.rows + static_cast<int64_t>(dst) * p.row_bytes + part * 16;
-      moved += part == 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (to[i] != nullptr) data[i] = __ldcs(reinterpret_cast<const uint4*>(from[i]));
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (to[i] != nullptr) *reinterpret_cast<uint4*>(to[i]) = data[i];
-    }
+  for (unsigned first = blockIdx.x * tile_rows; first < num_rows; first += gridDim.x * tile_rows) {
+    const unsigned rows = min(tile_rows, num_rows - first);
+    const char* from = find_row(p, ends, first, rows, tile);
+    moved += from != nullptr;
+    const int touched = kTouch ? touch_granule(from) : 0;
+    __syncthreads();
+    copy_tile<kWide>(tile, rows, p.row_bytes / 16);
+    asm volatile("" ::"r"(touched));  // keeps the register until here
+    __syncthreads();
   }
   unsigned block_moved;
   block_exclusive_sum(moved, scan, &block_moved);  // every warp of the block is done
@@ -118,8 +173,10 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRowsParams 
 cudaError_t launch_gather_rows(const GatherRowsParams& p, cudaStream_t stream) {
   if (p.num_segments == 0 || p.capacity == 0) return cudaSuccess;
   const size_t shared_bytes = p.num_segments * sizeof(unsigned);
-  gather_rows_kernel<<<p.num_blocks, kThreads, shared_bytes, stream>>>(p);
-  return cudaGetLastError();
+  const auto kernel =
+      p.touch ? (p.wide ? gather_rows_kernel<true, true> : gather_rows_kernel<true, false>)
+              : (p.wide ? gather_rows_kernel<false, true> : gather_rows_kernel<false, false>);
+  return launch_dependent(kernel, dim3(p.num_blocks), dim3(kThreads), shared_bytes, stream, 1, p);
 }
 
 }  // namespace twilight

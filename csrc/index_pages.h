@@ -30,21 +30,7 @@ struct StagedPagesParams {
   int num_pages;        // M
 };
 
-struct WindowPagesParams {
-  const void* rows;  // [R, 2D]
-  int num_sink;
-  int window_rows;
-  const int* page_table;  // [B, page_table_stride]
-  int64_t page_table_stride;
-  const int* seq_slots;  // [B]
-  const int* query_seq;  // [N]
-  const int* positions;  // [N]
-  int num_queries;       // N
-};
-
 cudaError_t launch_index_pages(const StagedPagesParams& source, const IndexPagesParams& index,
                                cudaStream_t stream);
-cudaError_t launch_index_window_pages(const WindowPagesParams& source,
-                                      const IndexPagesParams& index, cudaStream_t stream);
 
 }  // namespace twilight

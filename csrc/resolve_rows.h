@@ -36,6 +36,7 @@ struct ResolveRowsParams {
   int num_chunks;  // at most 65536
   int first_row;
   int page_size;
+  int table_pages;  // entries of a row of page_table
   int64_t table_stride;
   int64_t keys_per_head;  // P * S
 };

@@ -24,7 +24,6 @@ from twilight_engine.ops.attend_workspace import AttendState
 from twilight_engine.ops.estimate_errors import estimate_errors
 from twilight_engine.ops.estimate_scores import estimate_scores
 from twilight_engine.ops.gather_rows import gather_rows
-from twilight_engine.ops.index_pages import index_window_pages
 from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.ops.prune import allocate_pruned, prune
 from twilight_engine.ops.resolve_rows import resolve_rows
@@ -76,8 +75,8 @@ class LayerOps:
 
     def append(self) -> None:
         graded = self.graded
-        append_rows(self.k, self.v, graded.windows, graded.tiers.host, self.meta)
-        index_window_pages(graded.windows, self.meta, graded.index)
+        host, index = graded.tiers.host, graded.index
+        append_rows(self.k, self.v, graded.windows, host, self.meta, index=index)
 
     def select(self) -> None:
         graded = self.graded

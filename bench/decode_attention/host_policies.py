@@ -16,7 +16,6 @@ from decode_attention.timing import Replay
 from twilight_engine.layout import RowLists, StepMeta
 from twilight_engine.ops.append_rows import append_rows
 from twilight_engine.ops.attend_rows import attend_rows
-from twilight_engine.ops.index_pages import index_window_pages
 from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.telemetry import MISSED
 
@@ -75,8 +74,7 @@ class HostFetchLayer:
     def _choose(self) -> None:
         q, k, v = self.inputs
         graded, meta = self.graded, self.decode.meta
-        append_rows(k, v, graded.windows, graded.tiers.host, meta)
-        index_window_pages(graded.windows, meta, graded.index)
+        append_rows(k, v, graded.windows, graded.tiers.host, meta, index=graded.index)
         counts = graded.prune(q, meta).exact.counts
         self.cache.log.record_layer(graded.layer, {MISSED: counts})
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.ops.step_meta import make_meta
+from tests.ops.test_index_pages import FORMATS, assert_same, indexes
+from twilight_engine.config import KIndex, VIndex
 from twilight_engine.layout import COUNTER_WRITTEN_BYTES, NUM_COUNTERS, StepMeta, Windows
 from twilight_engine.ops.append_rows import append_rows
 from twilight_engine.reference.append_rows import append_rows as append_rows_reference
@@ -103,6 +105,38 @@ def test_padding_rows_go_nowhere(device: torch.device) -> None:
     assert tiers.counters[COUNTER_WRITTEN_BYTES].item() == 2 * 2 * 64 * 4
 
 
+@pytest.mark.parametrize(("k_index", "v_index"), FORMATS)
+@pytest.mark.parametrize("page_size", [16, 61])
+def test_completed_pages_are_indexed(
+    device: torch.device, page_size: int, k_index: KIndex, v_index: VIndex
+) -> None:
+    """Sequences that complete no page, one at the end, one in the middle, two, the first."""
+    s = page_size
+    lens, q_lens = [s + 3, 4 * s, 3 * s + 2, 5 * s + 1, s, 2 * s], [1, 1, 5, s + 2, 2, 1]
+    meta = make_meta(device, lens, q_lens=q_lens, page_size=s)
+    meta.page_table[5].fill_(-1)  # padding
+    num_pages = int(meta.page_table.max()) + 1
+    for dtype in dtypes(device):
+        k, v = torch.randn(2, sum(q_lens), 2, 96, device=device).to(dtype)
+        tiers = [Tiers(meta, 2, 96, dtype, device) for _ in range(2)]
+        rows = torch.randn(tiers[0].windows.rows.shape, device=device).to(dtype)
+        pair = indexes(device, num_pages, 2, s, 96, k_index, v_index)
+        ops = (append_rows, append_rows_reference)
+        for op, t, index in zip(ops, tiers, pair, strict=True):
+            t.windows.rows.copy_(rows)
+            op(k, v, t.windows, t.host, meta, index=index, counters=t.counters)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        assert_same(*pair)
+        for actual, expected in zip(tiers[0].tensors(), tiers[1].tensors(), strict=True):
+            assert torch.equal(actual, expected)
+        table = meta.page_table.cpu()
+        done = {(1, 3), (2, 2), (3, 3), (3, 4), (4, 0)}
+        assert {int(table[b, p]) for b, p in done} == set(
+            pair[0].v_mean.flatten(1).any(1).nonzero().flatten().tolist()
+        )
+
+
 def test_empty_step(device: torch.device) -> None:
     meta = make_meta(device, [20], q_lens=[0], page_size=16, num_sink=SINK)
     k, v = torch.randn(2, 0, 2, 64, device=device)
@@ -123,6 +157,12 @@ def test_messages(device: torch.device) -> None:
         append_rows(k, v, Windows(tiers.windows.rows, 1, SINK, 48), tiers.host, meta)
     with pytest.raises(ValueError, match=r"host_kv\[0\] has strides .* must be contiguous"):
         append_rows(k, v, None, tiers.host.transpose(1, 2).contiguous().transpose(1, 2), meta)
+    index, _ = indexes(device, 8, 2, 16, 64, "int4_channel", "int4")
+    with pytest.raises(ValueError, match=r"windows is None; an index needs"):
+        append_rows(k, v, None, tiers.host, meta, index=index)
+    with pytest.raises(ValueError, match=r"window_rows must be a multiple"):
+        odd = Windows(tiers.windows.rows, 2, SINK, 40)
+        append_rows(k, v, odd, tiers.host, meta, index=index)
     if device.type == "cpu":
         half = Tiers(meta, 2, 64, torch.float16, device)
         with pytest.raises(NotImplementedError, match=r"supported on a CPU: torch.float32"):

@@ -71,11 +71,15 @@ def test_matches_reference(
 
 @pytest.mark.parametrize("num_blocks", [1, 3, 64])
 @pytest.mark.parametrize("most", [1, 700])
-def test_any_number_of_blocks(device: torch.device, num_blocks: int, most: int) -> None:
+@pytest.mark.parametrize(
+    ("touch", "wide"), [(False, False), (True, False), (False, True), (True, True)]
+)
+def test_any_number_of_blocks(
+    device: torch.device, num_blocks: int, most: int, touch: bool, wide: bool
+) -> None:
     host_kv = host_rows(2, 30, 64, 128, torch.float32)
-    check_gather(
-        device, host_kv, random_fetch(2, 2, most, 30 * 64, 3000), 3000, num_blocks=num_blocks
-    )
+    fetch = random_fetch(2, 2, most, 30 * 64, 3000)
+    check_gather(device, host_kv, fetch, 3000, num_blocks=num_blocks, touch=touch, wide=wide)
 
 
 def test_many_segments_most_of_them_empty(device: torch.device) -> None:

@@ -9,15 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.compare import compare
-from tests.ops.step_meta import make_meta
 from twilight_engine.config import QUEST_BLOCK, KIndex, VIndex
 from twilight_engine.kv.index import allocate_index, index_page_bytes
-from twilight_engine.layout import IndexPages, Windows
-from twilight_engine.ops.index_pages import index_pages, index_window_pages
+from twilight_engine.layout import IndexPages
+from twilight_engine.ops.index_pages import index_pages
 from twilight_engine.reference.index_pages import index_pages as index_pages_reference
-from twilight_engine.reference.index_pages import (
-    index_window_pages as index_window_pages_reference,
-)
 from twilight_engine.reference.index_pages import quantise, round_down, round_up, unpack_codes
 
 FORMATS: list[tuple[KIndex, VIndex]] = [
@@ -106,28 +102,6 @@ def test_no_pages(device: torch.device) -> None:
     assert_same(actual, expected)
 
 
-@pytest.mark.parametrize(("k_index", "v_index"), FORMATS)
-@pytest.mark.parametrize("page_size", [16, 61])
-def test_window_pages(
-    device: torch.device, page_size: int, k_index: KIndex, v_index: VIndex
-) -> None:
-    """Sequences that complete no page, one at the end, one in the middle, two, the first."""
-    s = page_size
-    lens, q_lens = [s + 3, 4 * s, 3 * s + 2, 5 * s + 1, s], [1, 1, 5, s + 2, 2]
-    meta = make_meta(device, lens, q_lens=q_lens, page_size=s)
-    rows = torch.randn(6 * 2 * (4 + 3 * s) + 9, 2 * 96, device=device)
-    windows = Windows(rows, 2, 4, 3 * s)
-    actual, expected = indexes(device, int(meta.page_table.max()) + 1, 2, s, 96, k_index, v_index)
-    index_window_pages(windows, meta, actual)
-    index_window_pages_reference(windows, meta, expected)
-    assert_same(actual, expected)
-    table = meta.page_table.cpu()
-    done = {(1, 3), (2, 2), (3, 3), (3, 4), (4, 0)}
-    assert {int(table[b, p]) for b, p in done} == set(
-        actual.v_mean.flatten(1).any(1).nonzero().flatten().tolist()
-    )
-
-
 @pytest.mark.parametrize("k_index", ["int4_channel", "int4_token"])
 def test_codes_reconstruct_within_half_a_step(k_index: KIndex) -> None:
     k, v = torch.randn(2, 3, 32, 2, 64) * 3
@@ -200,6 +174,3 @@ def test_messages() -> None:
         index_pages(k.half(), k.half(), ids, index)
     with pytest.raises(ValueError, match=r"head_dim is 63"):
         allocate_index(2, 2, 16, 63, "int4_channel", "int4", CPU)
-    meta = make_meta(CPU, [32], page_size=16)
-    with pytest.raises(ValueError, match=r"window_rows must be a multiple"):
-        index_window_pages(Windows(torch.zeros(200, 128), 2, 4, 40), meta, index)

@@ -59,6 +59,8 @@ def assert_same_lists(
         ([1, 1, 1], 9, 60),  # more wanted than fits
         ([3, 1, 2], 12, 50),  # several query rows a sequence
         ([1] * 17, 20, 12),
+        ([3], 12, 90),  # later query rows of one sequence use what earlier ones installed
+        ([0, 2], 9, 60),  # a sequence without a query row
     ],
 )
 def test_steps_match_reference(
@@ -85,6 +87,36 @@ def test_steps_match_reference(
         want_hot.step.add_(1)
         hot.step.add_(1)
     assert want_counters[COUNTER_MISSED_ROWS] > 0
+
+
+@pytest.mark.parametrize(
+    ("q_lens", "num_chunks", "most"),
+    [
+        ([1], 900, 3500),  # an entry or two a thread, several slots
+        ([1], 300, 14000),  # lists of several tiles
+        ([2, 1], 700, 6000),
+        ([1] * 9, 2500, 900),  # smaller clusters
+    ],
+)
+def test_long_lists_match_reference(
+    device: torch.device, q_lens: list[int], num_chunks: int, most: int
+) -> None:
+    num_seqs, hkv, size, length = len(q_lens), 8 if len(q_lens) > 2 else 2, 16, 16000
+    num_pages = num_seqs * length // size + 3
+    table = random_page_table(num_seqs, length // size, num_pages)
+    meta = make_meta(table, size, q_lens=q_lens)
+    want_hot = make_hot(
+        num_chunks=num_chunks, num_pages=num_pages, hkv=hkv, page_size=size, num_seqs=num_seqs
+    )
+    hot = to_device(want_hot, device)
+    for _ in range(3):
+        lists = random_lists(sum(q_lens), hkv, length, most)
+        want = reference.resolve_rows(lists, want_hot, meta)
+        found = resolve_rows(to_device(lists, device), hot, to_device(meta, device))
+        assert_same_lists(lists, found, want)
+        assert_same_state(hot, want_hot)
+        want_hot.step.add_(1)
+        hot.step.add_(1)
 
 
 def single(device: torch.device, tokens: list[int], length: int = 640) -> tuple[RowLists, StepMeta]:

@@ -16,7 +16,6 @@ from twilight_engine.kv.cache import KVCache, SequenceKV
 from twilight_engine.layout import StepMeta
 from twilight_engine.ops.append_rows import append_rows
 from twilight_engine.ops.attend_pages import attend_pages
-from twilight_engine.ops.index_pages import index_window_pages
 from twilight_engine.ops.lsh_codes import write_lsh_codes
 from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.telemetry import Visit
@@ -133,13 +132,21 @@ class DecodeAttention:
         tiers = self.cache.layers[layer]
         meta = self._metas[self.cache.model.sliding_windows[layer]]
         counters = self.cache.log.counters[layer]
-        append_rows(k, v, tiers.windows, tiers.host, meta, pages=tiers.pages, counters=counters)
+        append_rows(
+            k,
+            v,
+            tiers.windows,
+            tiers.host,
+            meta,
+            index=tiers.index,
+            counters=counters,
+            pages=tiers.pages,
+        )
         if tiers.pages is not None:
             scale = self.cache.model.softmax_scale
             state = attend_pages(q, tiers.pages, meta.page_table, meta, softmax_scale=scale)
             return merge_states([state], q.dtype)[0]
         assert tiers.windows is not None and tiers.index is not None
-        index_window_pages(tiers.windows, meta, tiers.index)
         if tiers.lsh is not None:
             write_lsh_codes(k, meta, tiers.lsh, tiers.index)
         if layer in self._streamed.layers:

@@ -86,6 +86,7 @@ def resolve_rows(
         num_kv_heads=hkv,
         capacity=capacity,
         fetch_capacity=fetch.src.shape[2],
+        table_pages=meta.page_table.shape[1],
         table_stride=meta.page_table.stride(0),
         keys_per_head=hot.slot_map[0].numel() if hot else 0,
         num_chunks=hot.chunk_owner.shape[0] if hot else 0,

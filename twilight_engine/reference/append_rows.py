@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twilight_engine.layout import COUNTER_WRITTEN_BYTES, StepMeta, Windows
+from twilight_engine.layout import COUNTER_WRITTEN_BYTES, IndexPages, StepMeta, Windows
+from twilight_engine.reference.index_pages import index_window_pages
 
 
 def append_rows(
@@ -15,10 +16,11 @@ def append_rows(
     host_kv: Tensor,
     meta: StepMeta,
     *,
+    index: IndexPages | None = None,
     counters: Tensor | None = None,
     pages: Tensor | None = None,
 ) -> None:
-    """Write the step's K|V rows to the host pages, the windows and a dense layer's pages."""
+    """Write the step's K|V rows to every tier, and index the pages that they complete."""
     page_size = meta.page_size
     heads = torch.arange(k.shape[1])
     written = 0
@@ -38,5 +40,7 @@ def append_rows(
                 windows.rows[first + t] = rows
             if t >= int(meta.seq_lens[b]) - windows.window_rows:
                 windows.rows[first + windows.num_sink + t % windows.window_rows] = rows
+    if index is not None and windows is not None:
+        index_window_pages(windows, meta, index)
     if counters is not None:
         counters[COUNTER_WRITTEN_BYTES] += written

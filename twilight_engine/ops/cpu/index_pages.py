@@ -111,7 +111,7 @@ def index_pages_cpu(k: Tensor, v: Tensor, page_ids: Tensor, index: IndexPages) -
 
 
 def index_window_pages_cpu(windows: Windows, meta: StepMeta, index: IndexPages) -> None:
-    """Index each page this step completed; see ops.index_window_pages."""
+    """Index each page this step completed; see ops.append_rows."""
     size, heads, dim = meta.page_size, windows.num_kv_heads, index.head_dim
     rows, per_head = windows.rows, windows.rows_per_head
     for b, t in zip(meta.query_seq.tolist(), meta.positions.tolist(), strict=True):
