@@ -8,6 +8,7 @@ either. Every request has its own KV.
 
     python bench/bench_decode_attention.py --trace selection_trace.npz --json
     python bench/bench_decode_attention.py --case breakdown --share 0.027 --trace ...
+    python bench/bench_decode_attention.py --case context-sweep --lists random --trace ...
     python bench/bench_decode_attention.py --device cpu --shape tiny --trace ...   # a check
     python bench/bench_decode_attention.py --plot out/                # from the records kept
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -151,7 +153,9 @@ def run_cases(args: argparse.Namespace, names: Sequence[str]) -> None:
     try:
         with torch.inference_mode():
             for name in names:
+                started = time.monotonic()
                 CASES[name](setting)
+                print(f"{name} took {time.monotonic() - started:.0f} s", flush=True)
     finally:
         machine.close()
 

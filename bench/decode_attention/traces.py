@@ -1,11 +1,11 @@
 """Selections of a real decode (selection_trace.npz), scaled to the shape under test.
 
 The trace is one sequence of some 31K tokens: 64 steps, layers 0-23, 2 KV heads. For another context
-it is laid side by side in `tiles` (each some steps later), its positions stretched to fill the
-context, and thinned by a hash of the position, so that rows stay clustered and return in the next
-step as they did. A bench's layer takes one trace layer (2 and up); its heads are the trace's
-two, later in time; another request has the heads swapped and is later again. Sinks and the recent
-window are left out: they are resident.
+copies of it (each some steps later) are laid side by side, stretched to fill the context, and where
+more rows are wanted over each other, turned so that they do not meet; then thinned by a hash of the
+position. So rows stay clustered and return in the next step as they did. A bench's layer takes one
+trace layer (2 and up); its heads are the trace's two, later in time; another request has the heads
+swapped and is later again. Sinks and the recent window are left out: they are resident.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 RULES = {"mean80": 0.007, "mean90": 0.027, "mean95": 0.066}  # share of the context, layers 2+
 FIRST_LAYER = 2  # the engine keeps the first two dense
 SINK_TOKENS, WINDOW_TOKENS = 4, 192  # of the trace, resident with the engine's defaults
-HEAD_SHIFT, REQUEST_SHIFT, TILE_SHIFT = 16, 7, 13  # steps that copies of a set are apart
+HEAD_SHIFT, REQUEST_SHIFT, COPY_SHIFT = 16, 7, 13  # steps that copies of a set are apart
 HASH = 2654435761  # Knuth's multiplier
 TURN = 10007  # tokens that scattered heads are apart
 
@@ -105,8 +105,9 @@ class ScaledTrace:
         self._layers = _spread_layers(trace, num_layers)
         mean = float(np.mean([_mean_size(layer) for layer in self._layers]))
         copies = 1.0 if share is None else share * tokens / max(mean, 1e-9)
-        self.tiles = max(1, math.ceil(copies))
-        self.keep = copies / self.tiles
+        self.copies = max(1, math.ceil(copies))
+        self.keep = copies / self.copies
+        self.tiles = min(self.copies, max(1, tokens // trace.context))  # side by side
 
     def rows(self, layer: int, request: int, head: int, step: int) -> NDArray[np.int32]:
         """Ascending, distinct tokens in [first, last).
@@ -117,19 +118,22 @@ class ScaledTrace:
         sets = heads[(head + request) % len(heads)]
         parts = []
         salt = 31 * head + 1009 * request + 7919 * layer
-        for tile in range(self.tiles):
-            later = HEAD_SHIFT * (head // len(heads)) + REQUEST_SHIFT * request + TILE_SHIFT * tile
+        for copy in range(self.copies):
+            later = HEAD_SHIFT * (head // len(heads)) + REQUEST_SHIFT * request + COPY_SHIFT * copy
             rows = sets[reflected(step + later, len(sets))]
-            parts.append(tile + self._thinned(rows, tile + salt) / self.trace.context)
+            place = self._thinned(rows, copy + salt) / self.trace.context
+            turn = (copy // self.tiles) * self.tiles / self.copies
+            parts.append(copy % self.tiles + (place + turn) % 1.0)
         span = self.last - self.first
         places = (np.concatenate(parts) * (span / self.tiles)).astype(np.int32)
-        places = places[np.diff(places, prepend=-1) > 0]
-        if len(places) == 0:
-            places = np.full(1, span // 2, dtype=np.int32)
         if self._places is not None:
             # Turned by head, so that heads and requests do not share their places.
-            places = np.sort(self._places[(places + salt * TURN % span) % span])
-        return self.first + places
+            places = self._places[(places + salt * TURN % span) % span]
+        listed = np.zeros(span, dtype=bool)
+        listed[places] = True
+        if not len(places):
+            listed[span // 2] = True
+        return (self.first + np.flatnonzero(listed)).astype(np.int32)
 
     def _thinned(self, rows: NDArray[np.int64], salt: int) -> NDArray[np.int64]:
         """The rows that a hash of their position keeps: the same ones in every step."""
