@@ -8,18 +8,18 @@
 // list reads 14 of scores, 13.5 of codes, 3.5 of scales, 0.8 of list; one by page 17 of scores, 1
 // of grades, 4 of means; together 54. The walk reads 39, and needs no list.
 //
-// Persistent blocks share all slices evenly (split_attend.cuh); a warp takes one slice of a page,
-// up to 64 tokens, at a time; grades and page ids are read two slices early, and what they ask for
-// comes into the L2 one slice early, so that few warps (they leave room for the fetch and the exact
-// rows, which run beside them) wait for no HBM. lse is known, so a weight needs no running maximum:
-// it is at most 1, and partial states need no rescaling. Lane 4 * g + j holds query head g of up to
-// 8.
-//   Tail: the lane sums the weights of 16 tokens, a quad of lanes has the mass of a head, and the
-//   mean is added to the accumulators below in float.
-//   Index: 16 tokens at a time on tensor cores (m16n8k16, bf16 in, float accumulate), out^T += V^T
-//   P^T (csrc/attend_lower_tile.cuh). A nibble c enters as 1 + c / 16, exact, in a shift and a lop3
-//   a pair; P holds 16 * scale * w as the sum of two bf16, off by 2^-17 at most; the ones are taken
-//   out again, in float, at the end, together with w * min, which is the same for all channels.
+// Persistent blocks share all slices evenly (split_attend.cuh). A slice is up to 64 tokens of a
+// page; half a warp takes one at a time, four tokens a lane. Grades and page ids are read two steps
+// early, and what they ask for comes into the L2 one step early, so that few warps (they leave room
+// for the fetch and the exact rows, which run beside them) wait for no HBM. lse is known, so a
+// weight needs no running maximum: it is at most 1, and partial states need no rescaling.
+//   Tail: a lane sums its tokens' weights, head by head; five shuffles add them up for four heads
+//   and both slices. Eight pages' masses and means are one product on tensor cores (m16n8k8, tf32).
+//   Index: tokens wait in a ring until they are 16, whichever slices they are of, then out^T += V^T
+//   P^T (m16n8k16, bf16; csrc/attend_lower_tile.cuh). A nibble c enters as 1 + c / 16, exact, in a
+//   shift and a lop3 a pair; P holds 16 * scale * w as the sum of two bf16, off by 2^-17 at most;
+//   the ones are taken out again, in float, at the end, together with w * min, which is the same
+//   for all channels.
 //
 // Bytes: 1 of grades and 4 G of scores a token, D / 2 + 4 an index token, 2 D a page.
 #include "csrc/attend_lower.h"
@@ -28,46 +28,37 @@
 namespace twilight {
 namespace {
 
-constexpr int kSliceTokens = 64;
-constexpr int kSectorBytes = 32;  // of the L2
-
-__device__ __forceinline__ void prefetch(const void* at) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-}
-
-// Up to 64 tokens of one page.
-struct Slice {
-  int token = 0;           // its first, wherever the visible ones begin
-  int page = 0, skip = 0;  // page id; tokens of the page in front of the slice
-  int grades[2];           // of tokens lane and lane + 32; kGradeDropped where there is none
-};
-
 template <int kD>
 struct LowerWorker {
   using Pairs = LanePairs<kD>;
   static constexpr int kHeadDim = kD;
-  static constexpr int kUnitItems = kSplitWarps;
+  static constexpr int kUnitItems = 2 * kSplitWarps;
+  static constexpr uint32_t kNoGrades = 0x01010101u * kGradeDropped;
 
   const AttendLowerParams& params;
-  float* parts;   // [kSplitWarps][min(G, 8)][D + 4] of the block
-  uint8_t* list;  // [kSliceTokens] of the warp: the slice's index tokens
+  float* parts;        // [kSplitWarps][min(G, 8)][D + 4] of the block
+  WarpShared& shared;  // of the warp
   const int lane, g, j;
   int first = 0, last = 0;  // the tokens that row n sees and that are not resident
-  int h = 0;
+  int h = 0, num_heads = 0, first_page = 0, slices = 1;
   const int* pages = nullptr;
-  const float* scores = nullptr;  // of head g
   const uint8_t* grades = nullptr;
+  const float* scores = nullptr;  // of the segment's first head
+  bool vectors = false;           // four tokens' scores or grades are one load
   bool has_head = false;
-  float reference = 0.f;  // lse of head g, log2 units
-  float sum = 0.f;        // of the lane's weights
-  float offset = 0.f;     // what all channels of head g still get
-  float out[Pairs::kPairs]
-           [4];  // rows g (twice), g + 8 (twice) of tile i; heads 2 * j and 2 * j + 1
+  float reference = 0.f;     // -lse of head g, log2 units
+  float sum = 0.f;           // of the lane's index tokens, head g
+  float tail_sums[2];        // of the half warp's slices, heads lane / 4 % 4 and that + 4
+  float offset = 0.f;        // what all channels of head g still get
+  int filled = 0, used = 0;  // index tokens put into the ring, and taken out
+  int waiting = 0;           // pages whose means are to be added
+  // Of tile i, rows g (twice) and g + 8 (twice), heads 2 * j and 2 * j + 1.
+  float out[Pairs::kPairs][4];
 
-  __device__ LowerWorker(const AttendLowerParams& params, float* parts, uint8_t* list)
+  __device__ LowerWorker(const AttendLowerParams& params, float* parts, WarpShared& shared)
       : params(params),
         parts(parts),
-        list(list),
+        shared(shared),
         lane(threadIdx.x % 32),
         g(lane / 4),
         j(lane % 4) {}
@@ -93,17 +84,23 @@ struct LowerWorker {
   __device__ void start(const Segment& segment) {
     const StepView& step = params.step;
     const SplitWork& work = params.work;
+    const int64_t hkv = work.num_kv_heads, head = segment.n * hkv * work.group + segment.first_head;
     h = segment.h;
+    num_heads = segment.num_heads;
     listed(segment.n, first, last);
+    first_page = first / step.page_size;
+    slices = slices_per_page();
     pages = step.page_table + int64_t{step.query_seq[segment.n]} * step.page_table_stride;
-    has_head = g < segment.num_heads;
-    const int64_t head = int64_t{segment.n} * work.num_kv_heads * work.group + segment.first_head +
-                         (has_head ? g : 0);
     scores = params.scores + head * params.score_capacity;
-    const float lse = params.lse[head];
-    reference = lse > kNegInf ? lse * kLog2e : 0.f;  // without any mass every weight is 0
-    grades = params.grades + (int64_t{segment.n} * work.num_kv_heads + h) * params.grade_capacity;
-    sum = offset = 0.f;
+    grades = params.grades + (segment.n * hkv + h) * params.grade_capacity;
+    vectors = (step.page_size | params.score_capacity | params.grade_capacity) % 4 == 0;
+    has_head = g < num_heads;
+    const float lse = params.lse[head + (has_head ? g : 0)];
+    reference = lse > kNegInf ? lse * -kLog2e : 0.f;  // without any mass every weight is 0
+    if (j == 0) shared.references[g] = reference;
+    __syncwarp();
+    sum = offset = tail_sums[0] = tail_sums[1] = 0.f;
+    filled = used = waiting = 0;
 #pragma unroll
     for (int i = 0; i < Pairs::kPairs; ++i) {
 #pragma unroll
@@ -111,183 +108,218 @@ struct LowerWorker {
     }
   }
 
+  // Items beyond the last one show its page, and no token.
   __device__ Slice peek(int item, int last_item) const {
+    const int mine = item + lane / 16, at = min(mine, last_item - 1), size = params.step.page_size;
+    const int in_pages = slices == 1 ? at : at / slices;
+    const int index = first_page + in_pages;
     Slice slice;
-    slice.grades[0] = slice.grades[1] = kGradeDropped;
-    if (item >= last_item) return slice;
-    const int size = params.step.page_size, slices = slices_per_page();
-    const int index = first / size + item / slices;
-    slice.skip = item % slices * kSliceTokens;
-    slice.token = index * size + slice.skip;
     slice.page = pages[index];
+    slice.skip = (at - in_pages * slices) * kSliceTokens + lane % 16 * 4;
+    slice.token = index * size + slice.skip;
+    slice.grades = kNoGrades;
     const int end = min(last, (index + 1) * size);
+    if (mine >= last_item || slice.token >= end || slice.token + 3 < first) return slice;
+    if (vectors && slice.token >= first && slice.token + 3 < end) {
+      slice.grades = *reinterpret_cast<const uint32_t*>(grades + slice.token);
+      return slice;
+    }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int token = slice.token + lane + 32 * i;
-      if (token >= first && token < end) slice.grades[i] = grades[token];
+    for (int c = 0; c < 4; ++c) {
+      const int token = slice.token + c;
+      if (token < first || token >= end) continue;
+      slice.grades &= ~(255u << (8 * c));
+      slice.grades |= static_cast<uint32_t>(grades[token]) << (8 * c);
     }
     return slice;
   }
 
   __device__ void attend(const Segment& segment, int first_item, int last_item) {
     start(segment);
-    int item = first_item + threadIdx.x / 32;
+    int item = first_item + threadIdx.x / 32 * 2;
+    if (item >= last_item) return;
     Slice next = peek(item, last_item), after = peek(item + kUnitItems, last_item);
     for (; item < last_item; item += kUnitItems) {
       const Slice slice = next;
       next = after;
       after = peek(item + 2 * kUnitItems, last_item);
-      if (item + kUnitItems < last_item) fetch_ahead(next);
+      fetch_ahead(next);
       add_slice(slice);
     }
+    finish();
   }
 
-  // Brings what the slice will be asked for into the L2, a slice early and in no register.
+  __device__ uint32_t head_page(const Slice& slice) const {
+    return static_cast<uint32_t>(slice.page) * params.work.num_kv_heads + h;
+  }
+
+  // Of V codes, the lane's first token. 2^32 rows of at least 32 bytes would be 137 GB.
+  __device__ uint32_t row_of(const Slice& slice) const {
+    return head_page(slice) * params.step.page_size + slice.skip;
+  }
+
+  // Brings what the slice will be asked for into the L2, a step early and in no register.
   __device__ void fetch_ahead(const Slice& slice) const {
-    const int64_t head_page = int64_t{slice.page} * params.work.num_kv_heads + h;
-    const int64_t row = head_page * params.step.page_size + slice.skip;
-    bool any_tail = false;
+    if (slice.grades == kNoGrades) return;
+    if (params.v_codes != nullptr) {
+      const uint32_t row = row_of(slice);
+      const uint8_t* codes = params.v_codes + uint64_t{row} * (kD / 2);
+      bool any = false;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      any_tail |= slice.grades[i] == kGradeTail;
-      if (params.v_codes == nullptr || slice.grades[i] != kGradeIndex) continue;
-      const int64_t at = row + lane + 32 * i;
-      const uint8_t* codes = params.v_codes + at * (kD / 2);
+      for (int c = 0; c < 4; ++c) {
+        if (grade_of(slice.grades, c) != kGradeIndex) continue;
+        any = true;
 #pragma unroll
-      for (int b = 0; b < kD / 2; b += kSectorBytes) prefetch(codes + b);
-      prefetch(static_cast<const __half2*>(params.v_scale) + at);
+        for (int b = 0; b < kD / 2; b += kSectorBytes) prefetch(codes + c * (kD / 2) + b);
+      }
+      if (any) prefetch(static_cast<const __half2*>(params.v_scale) + row);
     }
-    if (params.v_mean == nullptr || !__any_sync(0xffffffffu, any_tail)) return;
-    const char* mean = static_cast<const char*>(params.v_mean) + head_page * (2 * kD);
-    if (lane < 2 * kD / kSectorBytes) prefetch(mean + lane * kSectorBytes);
-    const int token = slice.token + 16 * j;  // a quad of lanes: the 64 scores of a head
-    if (!has_head || token < first || token + 15 >= last) return;
-    prefetch(scores + token);
-    prefetch(scores + token + 8);
+    if (lane % 2 == 0) {  // two lanes' scores are a sector
+      const float* from = scores + slice.token;
+#pragma unroll 1
+      for (int head = 0; head < num_heads; ++head, from += params.score_capacity) prefetch(from);
+    }
+    if (params.v_mean != nullptr && lane % 16 < 2 * kD / kSectorBytes) {
+      const char* means = static_cast<const char*>(params.v_mean);
+      prefetch(means + uint64_t{head_page(slice)} * (2 * kD) + lane % 16 * kSectorBytes);
+    }
   }
 
-  // Up to 16 index tokens of a slice: what this lane needs of tokens 4 * j .. 4 * j + 3 of them.
+  // 16 index tokens: what this lane needs of tokens 4 * j .. 4 * j + 3 of them.
   struct Tile {
     uint32_t codes[4][Pairs::kWords];
     __half2 affine[4];  // scale, min
     float score[4];
   };
 
-  __device__ void load_tile(Tile& tile, const Slice& slice, int64_t row, int begin,
-                            int count) const {
-    const uint32_t places = *reinterpret_cast<const uint32_t*>(list + begin + 4 * j);
+  __device__ void load_tile(Tile& tile, int begin) const {
+    const uint4* entries =
+        reinterpret_cast<const uint4*>(shared.ring + begin % kRingTokens + 4 * j);
+    const uint4 x = entries[0], y = entries[1];
+    const uint32_t rows[4] = {x.x, x.z, y.x, y.z}, tokens[4] = {x.y, x.w, y.y, y.w};
+    const uint8_t* codes = params.v_codes + Pairs::at(0, g);
+    const float* of_head = scores + (has_head ? g : 0) * params.score_capacity;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      const int place = begin + 4 * j + t;
-      const int at = place < count ? places >> (8 * t) & 255 : list[0];  // none: the first again
-      Pairs::load_codes(params.v_codes + (row + at) * (kD / 2), g, tile.codes[t]);
-      tile.affine[t] = __ldg(static_cast<const __half2*>(params.v_scale) + row + at);
-      tile.score[t] = place < count && has_head ? scores[slice.token + at] : kNegInf;
+      Pairs::load_codes(codes + uint64_t{rows[t]} * (kD / 2), g, tile.codes[t]);
+      tile.affine[t] = __ldg(static_cast<const __half2*>(params.v_scale) + rows[t]);
+      tile.score[t] = of_head[tokens[t]];
     }
   }
 
   __device__ void add_slice(const Slice& slice) {
-    const bool with_index = params.v_codes != nullptr, with_tail = params.v_mean != nullptr;
-    uint32_t tail[2], index[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      tail[i] = __ballot_sync(0xffffffffu, with_tail && slice.grades[i] == kGradeTail);
-      index[i] = __ballot_sync(0xffffffffu, with_index && slice.grades[i] == kGradeIndex);
-    }
-    const uint32_t below = (1u << lane) - 1;
-    const int half = __popc(index[0]), count = half + __popc(index[1]);
-    if (index[0] >> lane & 1) list[__popc(index[0] & below)] = static_cast<uint8_t>(lane);
-    if (index[1] >> lane & 1)
-      list[half + __popc(index[1] & below)] = static_cast<uint8_t>(lane + 32);
-    __syncwarp();
-    const int64_t head_page = int64_t{slice.page} * params.work.num_kv_heads + h;
-    const int64_t row = head_page * params.step.page_size + slice.skip;
-    Tile tile;
-    if (count > 0) load_tile(tile, slice, row, 0, count);
-    if ((tail[0] | tail[1]) != 0) add_tail(slice, tail, head_page);
-    for (int begin = 0; begin < count; begin += kCodeTileTokens) {
-      Tile next;
-      if (begin + kCodeTileTokens < count)
-        load_tile(next, slice, row, begin + kCodeTileTokens, count);
-      add_tile(tile);
-      tile = next;
-    }
-    __syncwarp();  // before the list is written again
-  }
-
-  __device__ void add_tail(const Slice& slice, const uint32_t (&tail)[2], int64_t head_page) {
-    uint32_t means[Pairs::kPairs];
-    Pairs::load_means(static_cast<const __half*>(params.v_mean) + head_page * kD, g, means);
-    // This lane's tokens: 16 * i + 4 * j + c.
-    float score[4][4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t mine = has_head ? tail[i / 2] >> (i % 2 * 16 + 4 * j) & 15u : 0u;
-      load_scores(scores + slice.token + 16 * i + 4 * j, mine, score[i]);
-    }
-    float mass = 0.f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) mass += exp2_fast(fmaf(score[i][c], kLog2e, -reference));
-    }
-    sum += mass;
-    mass += __shfl_xor_sync(0xffffffffu, mass, 1);
-    mass += __shfl_xor_sync(0xffffffffu, mass, 2);
-    const float mass0 = __shfl_sync(0xffffffffu, mass, 8 * j);
-    const float mass1 = __shfl_sync(0xffffffffu, mass, 8 * j + 4);
-#pragma unroll
-    for (int i = 0; i < Pairs::kPairs; ++i) {
-      const float2 v = __half22float2(reinterpret_cast<const __half2&>(means[i]));
-      out[i][0] += v.x * mass0;
-      out[i][1] += v.x * mass1;
-      out[i][2] += v.y * mass0;
-      out[i][3] += v.y * mass1;
-    }
-  }
-
-  // Scores of the four tokens from `from` on whose bit is set, others -inf. One load where aligned:
-  // 16 such bytes with a score in them never reach beyond the allocation.
-  __device__ static void load_scores(const float* from, uint32_t bits, float (&to)[4]) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) to[c] = kNegInf;
-    if (bits == 0) return;
-    if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-      const float4 x = *reinterpret_cast<const float4*>(from);
-      if (bits & 1) to[0] = x.x;
-      if (bits & 2) to[1] = x.y;
-      if (bits & 4) to[2] = x.z;
-      if (bits & 8) to[3] = x.w;
-    } else {
+    if (params.v_codes != nullptr) {
+      const uint32_t row = row_of(slice), below = (1u << lane) - 1;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        if (bits >> c & 1) to[c] = from[c];
+        const bool indexed = grade_of(slice.grades, c) == kGradeIndex;
+        const uint32_t all = __ballot_sync(0xffffffffu, indexed);
+        if (indexed) {
+          shared.ring[(filled + __popc(all & below)) % kRingTokens] =
+              make_uint2(row + c, slice.token + c);
+        }
+        filled += __popc(all);
       }
+      __syncwarp();
+    }
+    Tile tile;
+    if (filled - used >= kCodeTileTokens) load_tile(tile, used);
+    if (params.v_mean != nullptr) add_tail(slice);
+    while (filled - used >= kCodeTileTokens) {
+      Tile next;
+      if (filled - used >= 2 * kCodeTileTokens) load_tile(next, used + kCodeTileTokens);
+      add_tile(tile, kCodeTileTokens);
+      used += kCodeTileTokens;
+      tile = next;
     }
   }
 
-  __device__ void add_tile(const Tile& tile) {
+  // What is left of index tokens and of page means at the end of a stretch.
+  __device__ void finish() {
+    const int count = filled - used;
+    if (count > 0) {
+      uint2* from = shared.ring + used % kRingTokens;
+      if (lane >= count && lane < kCodeTileTokens) from[lane] = from[0];  // any indexed token
+      __syncwarp();
+      Tile tile;
+      load_tile(tile, used);
+      add_tile(tile, count);
+      __syncwarp();
+    }
+    if (waiting > 0) add_means();
+  }
+
+  // The masses of the tail tokens of both slices.
+  __device__ void add_tail(const Slice& slice) {
+    bool tail[4], any = false;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      tail[c] = grade_of(slice.grades, c) == kGradeTail;
+      any |= tail[c];
+    }
+    if (!__any_sync(0xffffffffu, any)) return;
+    const int half = lane / 16, of_four = g % 4;
+    const float* from = scores + slice.token;
+#pragma unroll
+    for (int four = 0; four < 2; ++four) {
+      if (4 * four >= num_heads) break;
+      float score[4][4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k, from += params.score_capacity) {
+        load_scores(from, any && 4 * four + k < num_heads, vectors, tail, score[k]);
+      }
+      const float4 minus = reinterpret_cast<const float4*>(shared.references)[four];
+      const float lses[4] = {minus.x, minus.y, minus.z, minus.w};
+      float masses[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        masses[k] = 0.f;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float weight = exp2_fast(fmaf(score[k][c], kLog2e, lses[k]));
+          masses[k] += tail[c] ? weight : 0.f;
+        }
+      }
+      const float mass = sum_by_head(masses);
+      tail_sums[four] += mass;
+      if (j == 0) shared.masses[waiting + half][4 * four + of_four] = mass;
+    }
+    if (lane % 16 == 0) shared.pages[waiting + half] = head_page(slice);
+    waiting += 2;
+    if (waiting == kMeanTilePages) add_means();
+  }
+
+  __device__ void add_means() {
+    __syncwarp();
+    __half2 means[2][Pairs::kPairs];
+    float masses[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int slot = j + 4 * k;  // those that stay empty take the first one's page, a mass of 0
+      const uint32_t page = shared.pages[slot < waiting ? slot : 0];
+      masses[k] = slot < waiting ? shared.masses[slot][g] : 0.f;
+      const __half* mean = static_cast<const __half*>(params.v_mean) + uint64_t{page} * kD;
+      Pairs::load_means(mean, g, means[k]);
+    }
+    Pairs::multiply(means, masses, out);
+    waiting = 0;
+    __syncwarp();
+  }
+
+  // The first `count` tokens of a tile.
+  __device__ void add_tile(const Tile& tile, int count) {
     float weight[4];
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      const float p = exp2_fast(fmaf(tile.score[t], kLog2e, -reference));
+      const float x = has_head && 4 * j + t < count ? tile.score[t] : kNegInf;
+      const float p = exp2_fast(fmaf(x, kLog2e, reference));
       const float2 affine = __half22float2(tile.affine[t]);
       sum += p;
       offset += p * affine.y;
       weight[t] = 16.f * affine.x * p;
     }
     uint32_t high[2], low[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const float a = weight[2 * k], b = weight[2 * k + 1];
-      const __nv_bfloat162 x = __floats2bfloat162_rn(a, b);
-      const float2 rounded = __bfloat1622float2(x);
-      const __nv_bfloat162 y = __floats2bfloat162_rn(a - rounded.x, b - rounded.y);
-      const float2 rest = __bfloat1622float2(y);
-      offset -= (rounded.x + rest.x) + (rounded.y + rest.y);
-      high[k] = reinterpret_cast<const uint32_t&>(x);
-      low[k] = reinterpret_cast<const uint32_t&>(y);
-    }
+    offset -= split_weights(weight, high, low);
     Pairs::multiply(tile.codes, high, low, out);
   }
 
@@ -299,8 +331,14 @@ struct LowerWorker {
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     offset += __shfl_xor_sync(0xffffffffu, offset, 1);
     offset += __shfl_xor_sync(0xffffffffu, offset, 2);
+#pragma unroll
+    for (int four = 0; four < 2; ++four) {
+      tail_sums[four] += __shfl_xor_sync(0xffffffffu, tail_sums[four], 16);
+      const float tail = __shfl_sync(0xffffffffu, tail_sums[four], g % 4 * 4);
+      if (g / 4 == four) sum += tail;
+    }
     if (j == 0) sums[warp][g] = sum;
-    if (j == 0 && warp == 0) references[g] = reference;
+    if (j == 0 && warp == 0) references[g] = -reference;
     float* mine = parts + warp * heads * (kD + 4);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -334,13 +372,15 @@ struct LowerWorker {
   }
 };
 
+// 128 registers up to D 128 (at 128 some 20 of them spill): two blocks leave a multiprocessor half
+// of its registers, as many as a block of the fetch takes.
 template <int kD>
 __global__ void __launch_bounds__(kSplitThreads, kD > 128 ? 2 : 4)
     attend_lower_kernel(AttendLowerParams params) {
   extern __shared__ __align__(16) char shared[];
-  __shared__ __align__(4) uint8_t lists[kSplitWarps][kSliceTokens];
+  __shared__ __align__(16) WarpShared warps[kSplitWarps];
   let_next_start();
-  LowerWorker<kD> worker(params, reinterpret_cast<float*>(shared), lists[threadIdx.x / 32]);
+  LowerWorker<kD> worker(params, reinterpret_cast<float*>(shared), warps[threadIdx.x / 32]);
   wait_for_inputs();
   split_attend(worker, params.work);
 }

@@ -62,10 +62,9 @@ struct Segment {
 
 __device__ inline Segment segment_of(const SplitWork& work, int index) {
   const int tiles = head_tiles(work);
-  const int tile = index % tiles, nh = index / tiles;
-  const int h = nh % work.num_kv_heads;
-  return {nh / work.num_kv_heads, h, h * work.group + tile * kHeadTile,
-          min(kHeadTile, work.group - tile * kHeadTile)};
+  const int nh = tiles == 1 ? index : index / tiles, tile = index - nh * tiles;
+  const int n = nh / work.num_kv_heads, h = nh - n * work.num_kv_heads;
+  return {n, h, h * work.group + tile * kHeadTile, min(kHeadTile, work.group - tile * kHeadTile)};
 }
 
 struct SplitShared {
@@ -105,6 +104,7 @@ __device__ bool find_range(const Worker& worker, const SplitWork& work, SplitSha
   const int per_thread = (segments + kSplitThreads - 1) / kSplitThreads;
   const int first = min(segments, tid * per_thread), last = min(segments, first + per_thread);
   int mine = 0;
+#pragma unroll 1
   for (int i = first; i < last; ++i) mine += segment_units(worker, work, i);
   int scan = mine;
 #pragma unroll
@@ -122,6 +122,7 @@ __device__ bool find_range(const Worker& worker, const SplitWork& work, SplitSha
   const int blocks = min(static_cast<int>(gridDim.x), total);
   if (blockIdx.x == gridDim.x - 1) {
     int2* slots = segment_slots(work, Worker::kHeadDim);
+#pragma unroll 1
     for (int i = first, start = before; i < last; ++i) {
       const int stop = start + segment_units(worker, work, i);
       slots[i] = slots_of(i, start, stop, total, blocks);
@@ -133,6 +134,7 @@ __device__ bool find_range(const Worker& worker, const SplitWork& work, SplitSha
   range.end = static_cast<int>((int64_t{blockIdx.x} + 1) * total / blocks);
   if (before <= range.begin && range.begin < before + mine) {
     int index = first, start = before;
+#pragma unroll 1
     for (int units = segment_units(worker, work, index); start + units <= range.begin;) {
       start += units;
       units = segment_units(worker, work, ++index);
