@@ -11,9 +11,10 @@ struct Ranks {
   __device__ int rank() const { return cooperative_groups::this_cluster().block_rank(); }
   __device__ int count() const { return cooperative_groups::this_cluster().num_blocks(); }
   __device__ void sync() const { cooperative_groups::this_cluster().sync(); }
-  // A sync in two halves; what a thread wrote before its arrive is there after everybody's wait.
-  __device__ void arrive() const { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-  __device__ void wait() const { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+  template <typename T>
+  __device__ T* of(T* shared, int r) const {
+    return cooperative_groups::this_cluster().map_shared_rank(shared, r);
+  }
   template <typename T>
   __device__ const T* of(const T* shared, int r) const {
     return cooperative_groups::this_cluster().map_shared_rank(const_cast<T*>(shared), r);
@@ -22,8 +23,10 @@ struct Ranks {
   __device__ int rank() const { return 0; }
   __device__ int count() const { return 1; }
   __device__ void sync() const { __syncthreads(); }
-  __device__ void arrive() const {}
-  __device__ void wait() const { __syncthreads(); }
+  template <typename T>
+  __device__ T* of(T* shared, int) const {
+    return shared;
+  }
   template <typename T>
   __device__ const T* of(const T* shared, int) const {
     return shared;

@@ -81,7 +81,6 @@ __device__ __forceinline__ const int* stage_table(const ResolveRowsParams& p, in
   for (int i = threadIdx.x; i < p.table_pages; i += kThreads) {
     __pipeline_memcpy_async(staged + i, table + i, sizeof(int));
   }
-  __pipeline_commit();
   return staged;
 }
 

@@ -5,11 +5,11 @@
 // slot. Meanwhile the ranks list the chunks that the head owns, each those of its part of the pool,
 // and divide them evenly, so that slots rise with the rank. With everybody's counts of misses a
 // rank writes its own into the fetch list, in list order, and counts the ages of its slots in a
-// histogram; the sum of all histograms gives the age at which enough slots are free or old, and
-// those before a rank's slots tell which misses its victims serve. The list place of a miss waits
-// in fetch_dst until its slot is known. Three barriers of the cluster; the path is six loads that
-// wait for each other, since each thread has one entry and one or two slots at the usual sizes.
-// Bytes: 12 an entry, 8 a slot owned.
+// histogram, which it sends to all; their sum gives the age at which enough slots are free or old,
+// and those of the ranks before tell which misses a rank's victims serve. The list place of a miss
+// waits in fetch_dst until its slot is known. Three barriers of the cluster; the path is six loads
+// that wait for each other, since each thread has one entry and one or two slots at the usual
+// sizes. Bytes: 12 an entry, 8 a slot owned.
 //
 // Whatever any sequence wants must be known to be in use before a victim is chosen. One sequence
 // needs only its cluster for that; several may share pages, so stamp_hits_kernel first stamps the
@@ -28,11 +28,12 @@ namespace twilight {
 namespace {
 
 constexpr int kStampThreads = 256;
-constexpr int kMaxStampBlocks = 32;  // a list; a list of 128K rows still takes 16 entries a thread
-constexpr int kMaxBlocks = 256;      // two blocks fit on an SM: all run at once on 128 SMs
+constexpr int kMaxStampBlocks = 16;  // a list; those of 8 sequences of 8 heads run at once
+constexpr int kSms = 128;  // of the device, or a little fewer: all blocks are to run at once
+// One sequence is latency: registers for many loads on their way at once. More are throughput.
+constexpr int blocks_an_sm(bool shared) { return shared ? 2 : 1; }
 constexpr int kNobody = -2;  // beside kNoRow: owns no chunk, not even those that nobody owns
-// Above this much dynamic shared memory a kernel needs the opt-in (48 KB with the static part).
-constexpr int kOptInBytes = 32 << 10;
+constexpr int kOptInBytes = 48 << 10;  // above so much shared memory a kernel needs the opt-in
 
 __global__ void __launch_bounds__(kStampThreads) stamp_hits_kernel(ResolveRowsParams p) {
   let_next_start();
@@ -57,7 +58,8 @@ struct Totals {
   unsigned found;  // of this thread's placed misses, those whose row another sequence brought
 };
 
-// Resolves one query row's list, whose first tile has been looked up; ends with a barrier.
+// Resolves one query row's list, whose first tile has been looked up. After the last barrier of the
+// last list nobody looks at another rank's memory.
 template <bool kShared>
 __device__ void resolve_list(const ResolveRowsParams& p, Segment& s, const List& list,
                              Entries& looked_up, bool is_last, const Ranks& ranks, Shared& shared,
@@ -66,12 +68,12 @@ __device__ void resolve_list(const ResolveRowsParams& p, Segment& s, const List&
   const int misses = mark<!kShared>(p, s, list, looked_up);
   unsigned here;
   const unsigned before = block_exclusive_sum(misses, shared.scan, &here);
-  if (threadIdx.x == 0) shared.missing = here;
+  if (threadIdx.x < ranks.count()) *ranks.of(&shared.missing[ranks.rank()], threadIdx.x) = here;
   ranks.sync();  // all stamps are there, and the counts of misses
   int missing = 0, missing_before = 0;
 #pragma unroll
   for (int r = 0; r < kMaxRanks; ++r) {
-    const int there = r < ranks.count() ? *ranks.of(&shared.missing, r) : 0;
+    const int there = r < ranks.count() ? shared.missing[r] : 0;
     missing += there;
     missing_before += r < ranks.rank() ? there : 0;
   }
@@ -80,14 +82,12 @@ __device__ void resolve_list(const ResolveRowsParams& p, Segment& s, const List&
   if (wanted > 0 && s.num_owned > 0) {
     list_misses(p, s, list, looked_up, before, s.fetched + missing_before, s.fetched + wanted,
                 shared.scan);
-    count_orders(p, s, shared);
+    count_orders(p, s, ranks, shared);
     ranks.sync();  // the histograms and the fetch list are complete
     placed = find_threshold(wanted, ranks, shared, &below);
   }
-  if (is_last) ranks.arrive();  // nobody reads another's shared memory from here on
   if (placed > 0) totals.found += place_misses<kShared>(p, s, list, placed, below, shared);
-  if (!is_last) ranks.arrive();  // the next row looks up what this one installs
-  ranks.wait();
+  if (!is_last) ranks.sync();  // the next row looks up what this one installs
   s.fetched += placed;
   totals.listed += list.count;
   totals.longest = max(totals.longest, list.count);
@@ -99,15 +99,15 @@ __device__ void count_rows(const ResolveRowsParams& p, int counter, unsigned lon
   if (rows != 0) atomicAdd(reinterpret_cast<unsigned long long*>(p.counters + counter), rows);
 }
 
-// One thread writes what is known of the whole segment.
-__device__ void finish(const ResolveRowsParams& p, const Segment& s, int seq_slot, bool has_rows,
+// One thread writes what is known of the whole segment. mean: where its running mean is kept, or
+// null, and what it was.
+__device__ void finish(const ResolveRowsParams& p, const Segment& s, float* mean, float old_mean,
                        const Totals& totals) {
   const int64_t segment = static_cast<int64_t>(s.b) * p.num_kv_heads + s.h;
   p.fetch_counts[segment] = s.fetched;
   p.fetch_direct[segment] = totals.missing - totals.placed;
-  if (p.set_mean != nullptr && seq_slot >= 0 && has_rows) {
-    float& mean = p.set_mean[static_cast<int64_t>(seq_slot) * p.num_kv_heads + s.h];
-    mean = mean > 0.f ? 0.9f * mean + 0.1f * totals.longest : totals.longest;
+  if (mean != nullptr) {
+    *mean = old_mean > 0.f ? 0.9f * old_mean + 0.1f * totals.longest : totals.longest;
   }
   if (p.counters == nullptr) return;
   count_rows(p, kCounterHitRows, totals.listed - totals.missing);
@@ -117,7 +117,8 @@ __device__ void finish(const ResolveRowsParams& p, const Segment& s, int seq_slo
 
 // kShared: sequences may share pages, and the hits of all have been stamped.
 template <bool kShared>
-__global__ void __launch_bounds__(kThreads, 2) resolve_rows_kernel(ResolveRowsParams p) {
+__global__ void __launch_bounds__(kThreads, blocks_an_sm(kShared))
+    resolve_rows_kernel(ResolveRowsParams p) {
   extern __shared__ int dynamic[];  // b's page table, if it fits; owned chunks; share of them
   __shared__ Shared shared;
   const Ranks ranks;
@@ -131,16 +132,22 @@ __global__ void __launch_bounds__(kThreads, 2) resolve_rows_kernel(ResolveRowsPa
   const Early early = read_early(p, b, h, ranks.rank());
   const int64_t fetch_list = static_cast<int64_t>(segment) * p.fetch_capacity;
   Segment s{b, h, 0, nullptr, nullptr, p.fetch_src + fetch_list, p.fetch_dst + fetch_list};
+  if (threadIdx.x < 4) {  // by a copy, like the table's: a load would be put off until after it
+    const int* from = p.cu_seqlens_q + b + threadIdx.x - 1;
+    if (threadIdx.x == 0) from = p.seq_slots + b;
+    if (threadIdx.x == 3) from = p.step;
+    if (from != nullptr) __pipeline_memcpy_async(&shared.about[threadIdx.x], from, sizeof(int));
+  }
   if (p.slot_map != nullptr) {
     s.map = p.slot_map + h * p.keys_per_head;
     s.table = stage_table(p, b, dynamic);
     prefetch_owners(p, ranks.rank() * part, part);
-    s.step = *p.step;
   }
-  const int seq_slot = p.seq_slots[b];
-  const int first = p.cu_seqlens_q[b], end = p.cu_seqlens_q[b + 1];
+  __pipeline_commit();
   __pipeline_wait_prior(0);
   __syncthreads();
+  const int seq_slot = shared.about[0], first = shared.about[1], end = shared.about[2];
+  s.step = shared.about[3];
 
   List list = first < end ? open_list(p, s, first, early, ranks) : List{};
   const bool is_early = first == b && list.each == 1 && list.tiles == 1;
@@ -148,14 +155,19 @@ __global__ void __launch_bounds__(kThreads, 2) resolve_rows_kernel(ResolveRowsPa
   if (s.map != nullptr) {
     const int owner = seq_slot < 0 ? kNobody : seq_slot * p.num_kv_heads + h;
     list_owned_chunks(p, owner, ranks, owned, shared);
-    ranks.sync();
-    take_share(p, ranks, owned, owned + part, shared, s);
   }
+  ranks.sync();  // all ranks run, and have listed their chunks
+  if (s.map != nullptr) take_share(p, ranks, owned, owned + part, shared, s);
   for (int n = first + 1; !kShared && n < end; ++n) {  // hits of later rows are in use, too
     const List later = open_list(p, s, n, early, ranks);
     Entries found = look_up(p, s, later, 0, nullptr);
     mark<true>(p, s, later, found);
   }
+  float* mean = nullptr;
+  if (p.set_mean != nullptr && seq_slot >= 0 && first < end) {
+    mean = p.set_mean + static_cast<int64_t>(seq_slot) * p.num_kv_heads + h;
+  }
+  const float old_mean = mean == nullptr ? 0.f : *mean;  // long before it is needed
   Totals totals{};
   for (int n = first; n < end; ++n) {
     if (n > first) {
@@ -165,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 2) resolve_rows_kernel(ResolveRowsPa
     resolve_list<kShared>(p, s, list, looked_up, n + 1 == end, ranks, shared, totals);
   }
   if (first == end) ranks.sync();  // the ranks read each other's lists of chunks
-  if (ranks.rank() == 0 && threadIdx.x == 0) finish(p, s, seq_slot, first < end, totals);
+  if (ranks.rank() == 0 && threadIdx.x == 0) finish(p, s, mean, old_mean, totals);
   if (kShared && p.counters != nullptr) {
     unsigned found;
     block_exclusive_sum(totals.found, shared.scan, &found);
@@ -180,11 +192,11 @@ template <bool kShared>
 cudaError_t launch(const ResolveRowsParams& p, cudaStream_t stream) {
   const int segments = p.num_seqs * p.num_kv_heads;
   int ranks = can_launch_dependent() ? kMaxRanks : 1;
-  while (ranks > 1 && segments * ranks > kMaxBlocks) ranks /= 2;
+  while (ranks > 1 && segments * ranks > kSms * blocks_an_sm(kShared)) ranks /= 2;
   const int lists = ranks > 1 ? 2 : 1;  // of chunks: owned, and a share of them
   const size_t shared_bytes = staged_pages(p) * sizeof(int) +
                               lists * ((p.num_chunks + ranks - 1) / ranks) * sizeof(uint16_t);
-  if (shared_bytes > kOptInBytes) {
+  if (sizeof(Shared) + shared_bytes > kOptInBytes) {
     const cudaError_t status = cudaFuncSetAttribute(
         resolve_rows_kernel<kShared>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;

@@ -11,9 +11,14 @@
 namespace twilight {
 
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxRanks = 8;       // blocks of a cluster every device can schedule
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMaxRanks = 1;
+#else
+constexpr int kMaxRanks = 8;  // blocks of a cluster every device can schedule
+#endif
 constexpr int kOwnersEach = 8;     // chunks a thread at a time, of the table of owners
 constexpr int kChunksEach = 4;     // chunks a warp at a time, of the share
+constexpr int kSectorInts = 8;     // 32 bytes, what the L2 fetches at least
 constexpr int kKeptOrders = 4096;  // slots whose order stays in shared memory
 constexpr int kMaxAge = 1023;      // must match layout.MAX_AGE
 constexpr int kInUse = kMaxAge + 1;
@@ -25,8 +30,10 @@ struct Shared {
   BlockScan scan;
   int2 histogram[kThreads];      // slots of this rank by order; those in use are not counted
   uint16_t orders[kKeptOrders];  // of its first slots
-  int missing;                   // in its part of the list
-  int num_owned;                 // chunks, in its part of the pool
+  int about[4];                  // the sequence: its slot, first and end query row; the step
+  int2 histograms[kMaxRanks][kThreads];  // of every rank, which writes it here itself
+  int missing[kMaxRanks];                // in every rank's part of the list, likewise
+  int num_owned;                         // chunks, in its part of the pool
   int threshold, ties, ties_before;
 };
 
@@ -98,29 +105,36 @@ __device__ inline void take_share(const ResolveRowsParams& p, const Ranks& ranks
     }
     const int chunk = *ranks.of(owned + place, holder);
     if (ranks.count() > 1) share[j] = static_cast<uint16_t>(chunk);
-    prefetch(p.slot_key + chunk * kSlotsPerChunk);
-    prefetch(p.slot_stamp + chunk * kSlotsPerChunk);
+#pragma unroll
+    for (int i = 0; i < kSlotsPerChunk; i += kSectorInts) {
+      prefetch(p.slot_key + chunk * kSlotsPerChunk + i);
+      prefetch(p.slot_stamp + chunk * kSlotsPerChunk + i);
+    }
   }
 }
 
-// The order of slot `lane` of chunk j of the share.
 __device__ inline int order_of(const ResolveRowsParams& p, const Segment& s, int slot) {
   return eviction_order(__ldcg(p.slot_key + slot), __ldcg(p.slot_stamp + slot), s.step);
 }
 
-// Counts the orders of this rank's slots.
-__device__ inline void count_orders(const ResolveRowsParams& p, const Segment& s, Shared& shared) {
+// Counts the orders of this rank's slots, and sends the counts to all ranks.
+__device__ inline void count_orders(const ResolveRowsParams& p, const Segment& s,
+                                    const Ranks& ranks, Shared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int* histogram = &shared.histogram[0].x;
   for (int start = warp; start < s.num_share; start += kWarps * kChunksEach) {
-    int order[kChunksEach];
+    int key[kChunksEach], stamp[kChunksEach], order[kChunksEach];
 #pragma unroll
-    for (int u = 0; u < kChunksEach; ++u) {
+    for (int u = 0; u < kChunksEach; ++u) {  // the first chunk, once more, in place of one too many
       const int j = start + u * kWarps;
-      order[u] = j < s.num_share ? order_of(p, s, s.share[j] * kSlotsPerChunk + lane) : kInUse;
+      const int slot = s.share[j < s.num_share ? j : start] * kSlotsPerChunk + lane;
+      key[u] = __ldcg(p.slot_key + slot);
+      stamp[u] = __ldcg(p.slot_stamp + slot);
     }
 #pragma unroll
     for (int u = 0; u < kChunksEach; ++u) {
+      const bool counts = start + u * kWarps < s.num_share;
+      order[u] = counts ? eviction_order(key[u], stamp[u], s.step) : kInUse;
       const int place = (start + u * kWarps) * kSlotsPerChunk + lane;
       if (place < kKeptOrders) shared.orders[place] = static_cast<uint16_t>(order[u]);
       const unsigned peers = __match_any_sync(kAllLanes, order[u]);
@@ -128,6 +142,10 @@ __device__ inline void count_orders(const ResolveRowsParams& p, const Segment& s
         atomicAdd(&histogram[order[u]], __popc(peers));
       }
     }
+  }
+  __syncthreads();
+  for (int r = 0; r < ranks.count(); ++r) {
+    ranks.of(&shared.histograms[ranks.rank()][0], r)[threadIdx.x] = shared.histogram[threadIdx.x];
   }
 }
 
@@ -139,14 +157,11 @@ __device__ inline int find_threshold(int wanted, const Ranks& ranks, Shared& sha
   int2 here{}, prior{};
 #pragma unroll
   for (int r = 0; r < kMaxRanks; ++r) {
-    if (r >= ranks.count()) break;
-    const int2 sum = ranks.of(shared.histogram, r)[threadIdx.x];
+    const int2 sum = r < ranks.count() ? shared.histograms[r][threadIdx.x] : int2{};
     here.x += sum.x;
     here.y += sum.y;
-    if (r < ranks.rank()) {
-      prior.x += sum.x;
-      prior.y += sum.y;
-    }
+    prior.x += r < ranks.rank() ? sum.x : 0;
+    prior.y += r < ranks.rank() ? sum.y : 0;
   }
   if (threadIdx.x == 0) {
     shared.threshold = kInUse;
