@@ -23,6 +23,7 @@ from twilight_engine.layout import (
     RowLists,
     Windows,
 )
+from twilight_engine.ops.estimate_scores import allocate_workspace
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class StepBuffers:
     """What a step of a sparse layer writes, at fixed addresses; shared by all layers."""
 
     scores: Tensor  # [N, Hq, C] float32
+    errors: Tensor  # [N, Hq, P] float32, of a sequence's pages
+    estimate: Tensor | None  # workspace of estimate_scores; None on a CPU
     weights: Tensor  # [N, Hkv, C] float32, scratch of prune
     pruned: Pruned
     locations: Tensor  # [N, Hkv, C] int32
@@ -54,6 +57,8 @@ class StepBuffers:
         lists, fetch = self.pruned, self.fetch
         return StepBuffers(
             self.scores[:n],
+            self.errors[:n],
+            self.estimate,
             self.weights[:n],
             Pruned(
                 RowLists(lists.exact.tokens[:n], lists.exact.counts[:n]),
@@ -139,8 +144,11 @@ class TierShape:
         def floats(heads: int) -> Tensor:
             return torch.zeros(n, heads, capacity, device=self.device)
 
+        num_q_heads, pages = self.model.num_q_heads, self.plan.pages_per_sequence
         return StepBuffers(
-            scores=floats(self.model.num_q_heads),
+            scores=floats(num_q_heads),
+            errors=torch.zeros(n, num_q_heads, pages, device=self.device),
+            estimate=allocate_workspace(n, num_q_heads, heads, self.device),
             weights=floats(heads),
             pruned=Pruned(
                 exact=RowLists(ints(), counts()),
