@@ -8,18 +8,18 @@
 namespace twilight::bindings {
 
 void bind_pruning(py::module_& m) {
-  m.def("estimate_scores_chunks", &twilight::estimate_scores_chunks, py::kw_only(),
-        py::arg("max_len"), py::arg("page_size"), py::arg("num_sink"), py::arg("window_rows"));
+  m.def("estimate_scores_workspace", &twilight::estimate_scores_workspace, py::kw_only(),
+        py::arg("num_rows"), py::arg("num_kv_heads"), py::arg("group"));
   m.def(
       "estimate_scores",
       [](uint64_t q, uint64_t k_codes, uint64_t k_scale, uint64_t k_bounds, uint64_t rows,
          uint64_t candidates, uint64_t page_table, uint64_t seq_slots, uint64_t window_starts,
          uint64_t query_seq, uint64_t positions, uint64_t ctx_starts, uint64_t scores, uint64_t lse,
-         uint64_t partials, int num_rows, int num_kv_heads, int group, int head_dim, int page_size,
-         int num_sink, int window_rows, int max_len, int capacity, int table_stride, int num_blocks,
-         bool by_token, int row_dtype, bool per_token, bool drop, float softmax_scale,
-         int64_t codes_page_stride, int64_t scale_page_stride, int64_t bounds_page_stride,
-         uint64_t stream) {
+         uint64_t errors, uint64_t workspace, int num_rows, int num_kv_heads, int group,
+         int head_dim, int page_size, int num_sink, int window_rows, int capacity, int table_stride,
+         int num_pages, int num_blocks, bool by_token, int row_dtype, bool per_token, bool drop,
+         float softmax_scale, int64_t codes_page_stride, int64_t scale_page_stride,
+         int64_t bounds_page_stride, uint64_t stream) {
         twilight::EstimateScoresParams p{};
         p.q = as<void>(q);
         p.k_codes = as<uint8_t>(k_codes);
@@ -35,7 +35,8 @@ void bind_pruning(py::module_& m) {
         p.ctx_starts = as<int>(ctx_starts);
         p.scores = as<float>(scores);
         p.lse = as<float>(lse);
-        p.partials = as<float>(partials);
+        p.errors = as<float>(errors);
+        p.workspace = as<unsigned>(workspace);
         p.num_rows = num_rows;
         p.num_kv_heads = num_kv_heads;
         p.group = group;
@@ -43,9 +44,9 @@ void bind_pruning(py::module_& m) {
         p.page_size = page_size;
         p.num_sink = num_sink;
         p.window_rows = window_rows;
-        p.max_len = max_len;
         p.capacity = capacity;
         p.table_stride = table_stride;
+        p.num_pages = num_pages;
         p.num_blocks = num_blocks;
         p.by_token = by_token;
         p.row_dtype = row_dtype;
@@ -60,12 +61,13 @@ void bind_pruning(py::module_& m) {
       py::kw_only(), py::arg("q"), py::arg("k_codes"), py::arg("k_scale"), py::arg("k_bounds"),
       py::arg("rows"), py::arg("candidates"), py::arg("page_table"), py::arg("seq_slots"),
       py::arg("window_starts"), py::arg("query_seq"), py::arg("positions"), py::arg("ctx_starts"),
-      py::arg("scores"), py::arg("lse"), py::arg("partials"), py::arg("num_rows"),
-      py::arg("num_kv_heads"), py::arg("group"), py::arg("head_dim"), py::arg("page_size"),
-      py::arg("num_sink"), py::arg("window_rows"), py::arg("max_len"), py::arg("capacity"),
-      py::arg("table_stride"), py::arg("num_blocks"), py::arg("by_token"), py::arg("row_dtype"),
-      py::arg("per_token"), py::arg("drop"), py::arg("softmax_scale"), py::arg("codes_page_stride"),
-      py::arg("scale_page_stride"), py::arg("bounds_page_stride"), py::arg("stream"));
+      py::arg("scores"), py::arg("lse"), py::arg("errors"), py::arg("workspace"),
+      py::arg("num_rows"), py::arg("num_kv_heads"), py::arg("group"), py::arg("head_dim"),
+      py::arg("page_size"), py::arg("num_sink"), py::arg("window_rows"), py::arg("capacity"),
+      py::arg("table_stride"), py::arg("num_pages"), py::arg("num_blocks"), py::arg("by_token"),
+      py::arg("row_dtype"), py::arg("per_token"), py::arg("drop"), py::arg("softmax_scale"),
+      py::arg("codes_page_stride"), py::arg("scale_page_stride"), py::arg("bounds_page_stride"),
+      py::arg("stream"));
   m.def(
       "lsh_candidates",
       [](uint64_t q_codes, uint64_t k_codes, uint64_t page_table, int64_t page_table_stride,

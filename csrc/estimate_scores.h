@@ -14,9 +14,9 @@ struct EstimateScoresParams {
   int page_size;     // S
   int num_sink;
   int window_rows;
-  int max_len;       // bounds every position; with page_size it sets the grid
   int capacity;      // C, tokens a row of scores holds
   int table_stride;  // P_max
+  int num_pages;     // P, pages a row of errors holds
   int num_blocks;    // NB, candidate blocks a (row, head); block restarts at each page
   bool by_token;     // a candidate entry is a token, else a page or a run of kQuestBlock tokens
   int row_dtype;     // RowDtype of q and rows
@@ -40,14 +40,19 @@ struct EstimateScoresParams {
   const int* positions;       // [N]
   const int* ctx_starts;      // [N]
 
-  float* scores;    // [N, Hq, C]
-  float* lse;       // [N, Hq]
-  float* partials;  // [N, Hq, estimate_scores_chunks(...), 2]: (max, sum of exp) a chunk
+  float* scores;        // [N, Hq, C]
+  float* lse;           // [N, Hq]
+  float* errors;        // [N, Hq, P], or null
+  unsigned* workspace;  // [estimate_scores_workspace(...)]: zero before the first launch; the
+                        // counts that it begins with are left zero. 8-byte aligned
+
+  bool vector_codes;   // set by the launcher: codes of a page and head lie at multiples of 16 bytes
+  bool vector_scores;  // likewise: scores of every fourth token of a page do
 };
 
-// Chunks of a row: what the workspace `partials` is sized by.
-int estimate_scores_chunks(int max_len, int page_size, int num_sink, int window_rows);
+// Elements of the workspace.
+int64_t estimate_scores_workspace(int num_rows, int num_kv_heads, int group);
 
-cudaError_t launch_estimate_scores(const EstimateScoresParams& params, cudaStream_t stream);
+cudaError_t launch_estimate_scores(EstimateScoresParams params, cudaStream_t stream);
 
 }  // namespace twilight

@@ -21,8 +21,6 @@ struct Lanes {
   static constexpr bool kHalf = D % 32 != 0;    // and a half word of 4
   static constexpr int kRegs = kWords + kHalf;  // registers a token
   static constexpr int kChannels = D / 4;
-  static constexpr int kTiles = D > 128 ? 2 : 4;  // in flight: 8 to 16 loads a lane
-
   // Byte of a token at which register w of lane j begins.
   __host__ __device__ static constexpr int byte(int w, int j) {
     if (D == 128) return j * 16 + w * 4;
@@ -31,21 +29,32 @@ struct Lanes {
     return 32 + j * (kHalf ? 2 : 4);
   }
 
-  __device__ static void load(const uint8_t* token, int j, uint32_t (&words)[kRegs]) {
+  // Where byte `offset` of a run of tokens lies in shared memory, 128-byte aligned: lanes that load
+  // tokens 0, 4, 8 .. at once find them in other banks. Multiples of 16 bytes stay whole.
+  __device__ static int place(int offset) {
+    if (D == 64) return offset ^ ((offset >> 7 & 3) << 5);
+    if (D == 128) return offset ^ ((offset >> 8 & 1) << 6);
+    if (D == 256) return offset ^ ((offset >> 9 & 1) << 6);
+    return offset;
+  }
+
+  // A token's words from a run of tokens in shared memory.
+  __device__ static void load(const uint8_t* run, int token, int j, uint32_t (&words)[kRegs]) {
+    const int at = token * (D / 2);
     if constexpr (D >= 128) {
 #pragma unroll
       for (int w = 0; w < kWords; w += 4) {
-        const uint4 v = __ldg(reinterpret_cast<const uint4*>(token + byte(w, j)));
+        const uint4 v = *reinterpret_cast<const uint4*>(run + place(at + byte(w, j)));
         words[w] = v.x, words[w + 1] = v.y, words[w + 2] = v.z, words[w + 3] = v.w;
       }
     } else {
-      const uint2 v = __ldg(reinterpret_cast<const uint2*>(token + byte(0, j)));
+      const uint2 v = *reinterpret_cast<const uint2*>(run + place(at + byte(0, j)));
       words[0] = v.x, words[1] = v.y;
       if constexpr (kHalf) {
-        const uint32_t h = __ldg(reinterpret_cast<const uint16_t*>(token + byte(2, j)));
+        const uint32_t h = *reinterpret_cast<const uint16_t*>(run + place(at + byte(2, j)));
         words[2] = h | h << 8;  // nibbles 0, 1 at bits 0-7 and 2, 3 at bits 16-23
       } else if constexpr (kWords == 3) {
-        words[2] = __ldg(reinterpret_cast<const uint32_t*>(token + byte(2, j)));
+        words[2] = *reinterpret_cast<const uint32_t*>(run + place(at + byte(2, j)));
       }
     }
   }
@@ -59,6 +68,13 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// (x & kNibbles) | kOnes, in one instruction, where the compiler would take two.
+__device__ __forceinline__ uint32_t one_and_nibbles(uint32_t x) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(kNibbles), "r"(kOnes));
+  return y;
+}
+
 // Two rows of D fp16 at `rows`: calls use(e, row0, row1) for each of lane j's channels, e its place
 // in the lane's order.
 template <int D, typename Use>
@@ -70,12 +86,12 @@ __device__ __forceinline__ void for_channels(const uint16_t* rows, int j, Use us
     const bool half_word = L::kHalf && w == L::kWords;
     uint4 a{}, b{};
     if (half_word) {
-      const uint2 low = __ldg(reinterpret_cast<const uint2*>(rows + channel));
-      const uint2 high = __ldg(reinterpret_cast<const uint2*>(rows + D + channel));
+      const uint2 low = *reinterpret_cast<const uint2*>(rows + channel);
+      const uint2 high = *reinterpret_cast<const uint2*>(rows + D + channel);
       a.x = low.x, a.y = low.y, b.x = high.x, b.y = high.y;
     } else {
-      a = __ldg(reinterpret_cast<const uint4*>(rows + channel));
-      b = __ldg(reinterpret_cast<const uint4*>(rows + D + channel));
+      a = *reinterpret_cast<const uint4*>(rows + channel);
+      b = *reinterpret_cast<const uint4*>(rows + D + channel);
     }
     const __half2* row0 = reinterpret_cast<const __half2*>(&a);
     const __half2* row1 = reinterpret_cast<const __half2*>(&b);
@@ -93,12 +109,17 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// The part of q a lane multiplies, 16 * softmax_scale * q of head lane / 4, from shared memory.
-struct QueryPart {
-  const float* q;
-  int lane;
-  __device__ float operator[](int e) const { return q[(e / 4 * 32 + lane) * 4 + e % 4]; }
-};
+// The channels of q that lane j of head h multiplies, in A's order, from shared memory: four
+// channels of all lanes, then the next four.
+template <int D>
+__device__ __forceinline__ void load_query(const float* q, int h, int j,
+                                           float (&values)[Lanes<D>::kChannels]) {
+#pragma unroll
+  for (int i = 0; i < Lanes<D>::kChannels / 4; ++i) {
+    const float4 v = reinterpret_cast<const float4*>(q)[i * 32 + h * 4 + j];
+    values[4 * i] = v.x, values[4 * i + 1] = v.y, values[4 * i + 2] = v.z, values[4 * i + 3] = v.w;
+  }
+}
 
 // B of the tensor-core tiles: a lane's channels of head lane / 4, in A's order, as hi + lo.
 template <int D>
@@ -131,11 +152,11 @@ struct Folded {
       const uint32_t x = above[pair / 4], y = below[pair / 4];
       uint32_t a[4];
       if (pair % 4 == 0) {
-        a[0] = ((x << 3) & kNibbles) | kOnes, a[1] = ((y << 3) & kNibbles) | kOnes;
-        a[2] = ((x >> 1) & kNibbles) | kOnes, a[3] = ((y >> 1) & kNibbles) | kOnes;
+        a[0] = one_and_nibbles(x << 3), a[1] = one_and_nibbles(y << 3);
+        a[2] = one_and_nibbles(x >> 1), a[3] = one_and_nibbles(y >> 1);
       } else {
-        a[0] = ((x >> 5) & kNibbles) | kOnes, a[1] = ((y >> 5) & kNibbles) | kOnes;
-        a[2] = ((x >> 9) & kNibbles) | kOnes, a[3] = ((y >> 9) & kNibbles) | kOnes;
+        a[0] = one_and_nibbles(x >> 5), a[1] = one_and_nibbles(y >> 5);
+        a[2] = one_and_nibbles(x >> 9), a[3] = one_and_nibbles(y >> 9);
       }
       mma(c, a, hi[pair], hi[pair + 1]);
       mma(d, a, lo[pair], lo[pair + 1]);

@@ -196,13 +196,7 @@ def select_blocks(
 def measure_link(device: int, bytes: int = ..., repeats: int = 8) -> tuple[float, float]: ...
 def time_host_alloc(device: int, bytes: int) -> float: ...
 def device_numa_node(device: int) -> int: ...
-def estimate_scores_chunks(
-    *,
-    max_len: int,
-    page_size: int,
-    num_sink: int,
-    window_rows: int,
-) -> int: ...
+def estimate_scores_workspace(*, num_rows: int, num_kv_heads: int, group: int) -> int: ...
 def estimate_scores(
     *,
     q: int,
@@ -219,7 +213,8 @@ def estimate_scores(
     ctx_starts: int,
     scores: int,
     lse: int,
-    partials: int,
+    errors: int,
+    workspace: int,
     num_rows: int,
     num_kv_heads: int,
     group: int,
@@ -227,9 +222,9 @@ def estimate_scores(
     page_size: int,
     num_sink: int,
     window_rows: int,
-    max_len: int,
     capacity: int,
     table_stride: int,
+    num_pages: int,
     num_blocks: int,
     by_token: bool,
     row_dtype: int,

@@ -21,14 +21,13 @@ from twilight_engine.ops.append_rows import append_rows
 from twilight_engine.ops.attend_lower import attend_lower
 from twilight_engine.ops.attend_rows import attend_rows
 from twilight_engine.ops.attend_workspace import AttendState
-from twilight_engine.ops.estimate_errors import estimate_errors
-from twilight_engine.ops.estimate_scores import estimate_scores
+from twilight_engine.ops.estimate_scores import allocate_workspace, estimate_scores
 from twilight_engine.ops.gather_rows import gather_rows
 from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.ops.prune import allocate_pruned, prune
 from twilight_engine.ops.resolve_rows import resolve_rows
 
-BEFORE_ATTENTION = ("append", "select", "estimate", "errors", "prune", "resolve", "fetch")
+BEFORE_ATTENTION = ("append", "select", "estimate", "prune", "resolve", "fetch")
 ATTENTION = ("attend_lower", "attend_rows", "merge")
 OPS = (*BEFORE_ATTENTION, *ATTENTION)
 HOT_STATE = ("slot_map", "slot_key", "slot_stamp", "set_mean")
@@ -56,11 +55,14 @@ class LayerOps:
         with_index = graded.index_top_p is not None
         self.scores = torch.empty(n, q.shape[1], capacity, device=device)
         self.weights = torch.empty(n, heads, capacity, device=device)
+        self.workspace = allocate_workspace(n, q.shape[1], heads, device)
         self.pruned: Pruned = allocate_pruned(n, heads, capacity, device, with_index=with_index)
         self.places = torch.empty(n, heads, capacity, dtype=torch.int32, device=device)
         self.lists = FetchLists.empty(n, heads, capacity, device)
         self.candidates: Tensor | None = None
         self.errors: Tensor | None = None
+        if config.mass_margin > 0 and config.attn_top_k is None:
+            self.errors = torch.empty(n, q.shape[1], meta.page_table.shape[1], device=device)
         self.states: dict[str, AttendState] = {}
 
     def names(self) -> list[str]:
@@ -68,7 +70,6 @@ class LayerOps:
         config = self.config
         optional = {
             "select": config.selector != "all",
-            "errors": config.mass_margin > 0 and config.attn_top_k is None,
             "attend_lower": config.index_top_p is not None or config.tail == "mean",
         }
         return [name for name in OPS if optional.get(name, True)]
@@ -101,11 +102,8 @@ class LayerOps:
             candidates=self.candidates,
             left_out="midpoint" if self.config.tail == "mean" else "drop",
             scores=self.scores,
-        )
-
-    def errors_of_codes(self) -> None:
-        self.errors = estimate_errors(
-            self.q, self.graded.index, self.meta, softmax_scale=self.scale
+            errors=self.errors,
+            workspace=self.workspace,
         )
 
     def prune(self) -> None:
@@ -164,7 +162,7 @@ class LayerOps:
         merge_states(list(self.states.values()), self.q.dtype)
 
     def op(self, name: str) -> Callable[[], None]:
-        run: Callable[[], None] = getattr(self, "errors_of_codes" if name == "errors" else name)
+        run: Callable[[], None] = getattr(self, name)
         return run
 
 

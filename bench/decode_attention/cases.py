@@ -73,7 +73,7 @@ def measure(setting: Setting, workload: Workload) -> Measured:
         itemsize=cache.dtype.itemsize,
         kv=cache.config,
         balanced=True,
-        margin="errors" in ops.us,
+        margin=BALANCED.mass_margin > 0,
         granules=ops.granules_by_row * step.rows.missed,
     )
     row = shape.num_kv_heads * shape.head_dim * cache.dtype.itemsize * 2

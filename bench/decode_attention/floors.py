@@ -49,7 +49,7 @@ class StepBytes:
 
 
 FETCH_WRITES = "fetch"  # the only op whose floor is the link's
-BEFORE_FETCH = ("estimate", "errors", "prune", "resolve")
+BEFORE_FETCH = ("estimate", "prune", "resolve")
 
 
 def step_bytes(
@@ -69,7 +69,7 @@ def step_bytes(
     Args:
         group: query heads a KV head. batch_heads: sequences times KV heads.
         balanced: whether there are an index grade and a tail of page means.
-        margin: whether prune gets the errors of the estimate.
+        margin: whether the estimate gives prune its errors.
         granules: of host memory that the fetch touches.
     """
     d, size, row = head_dim, kv.page_size, 2 * head_dim * itemsize
@@ -78,21 +78,21 @@ def step_bytes(
     per_page = 4 * d  # scale and min per channel, float16
     if kv.k_index == "int4_token":
         per_page = 4 * size
+    errors = 4 * group * pages if margin else 0
     states = batch_heads * group * (4 * d + 4)
     parts = 2 if balanced else 1  # states that are merged
     device = {
         "estimate": rows.listed * d / 2
         + pages * per_page
         + rows.resident * d * itemsize
-        + 4 * group * visible,
-        "prune": (4 * group + 1) * visible + 4 * (rows.exact + rows.index),
+        + 4 * group * visible
+        + errors,
+        "prune": (4 * group + 1) * visible + 4 * (rows.exact + rows.index) + errors,
         "resolve": 16 * rows.exact,  # token, map entry, stamp, location
         FETCH_WRITES: rows.missed * row,
         "attend_rows": (rows.exact + rows.resident) * row + 8 * rows.exact + states,
         "merge": parts * states + batch_heads * group * d * itemsize,
     }
-    if margin:
-        device["errors"] = pages * (2 * d + 4 * group)
     if balanced:
         device["attend_lower"] = (
             rows.listed

@@ -37,6 +37,16 @@ class Rates:
         return max(num_bytes / self.link_gbps / 1e3, granules / self.granules_per_s * 1e6)
 
 
+def hbm_gbps(device: torch.device, num_bytes: int) -> float:
+    """The best rate at which torch reads memory: a sum, a maximum, a product with a vector."""
+    x = torch.zeros(num_bytes // 4, device=device)
+    matrix = x.view(-1, 1 << 10)
+    ones = torch.ones(1 << 10, device=device)
+    reads = (lambda: x.sum(), lambda: x.amax(), lambda: matrix @ ones)
+    best = min(min(time_work(device, read, repeats=REPEATS)) for read in reads)
+    return num_bytes / best / 1e3
+
+
 class Machine:
     """The device, its rates, and far host memory whose reading evicts every translation.
 
@@ -91,19 +101,10 @@ class Machine:
             time_work(self.device, self.forget_translations, repeats=REPEATS, before=self.flush_l2)
         )
         return Rates(
-            self._hbm_gbps(READ_BYTES // scale),
+            hbm_gbps(self.device, READ_BYTES // scale),
             self._link_gbps(LINK_BYTES // scale),
             self._lists.src.numel() / far * 1e6,
         )
-
-    def _hbm_gbps(self, num_bytes: int) -> float:
-        """The best rate at which torch reads memory: a sum, a maximum, a product with a vector."""
-        x = torch.zeros(num_bytes // 4, device=self.device)
-        matrix = x.view(-1, 1 << 10)
-        ones = torch.ones(1 << 10, device=self.device)
-        reads = (lambda: x.sum(), lambda: x.amax(), lambda: matrix @ ones)
-        best = min(min(time_work(self.device, read, repeats=REPEATS)) for read in reads)
-        return num_bytes / best / 1e3
 
     def _link_gbps(self, num_bytes: int) -> float:
         """cudaMemcpyAsync from pinned memory (on a CPU: a copy)."""

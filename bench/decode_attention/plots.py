@@ -9,7 +9,6 @@ from typing import Any
 OPS = {
     "append": "#b9c4cc",
     "estimate": "#35618f",
-    "errors": "#7ba3cc",
     "prune": "#5b8e7d",
     "resolve": "#a9c9bd",
     "fetch": "#d1495b",

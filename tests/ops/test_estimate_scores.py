@@ -8,7 +8,7 @@ from tests.compare import compare
 from tests.ops.graded_case import GradedCase, make_case
 from tests.ops.step_meta import make_meta
 from twilight_engine.layout import StepMeta, num_blocks
-from twilight_engine.ops.estimate_scores import estimate_scores
+from twilight_engine.ops.estimate_scores import allocate_workspace, estimate_scores
 from twilight_engine.reference.estimate_scores import estimate_scores as reference
 
 SENTINEL = 12345.0
@@ -21,12 +21,23 @@ def visible(meta: StepMeta, capacity: int) -> Tensor:
     return (t >= meta.ctx_starts[:, None]) & (t <= meta.positions[:, None])
 
 
+def listed(meta: StepMeta, pages: int) -> Tensor:
+    """[N, pages]: which pages hold list tokens of a row."""
+    first = meta.ctx_starts.clamp(min=meta.num_sink)
+    last = torch.minimum(meta.positions + 1, meta.window_starts[meta.query_seq.long()])
+    page = torch.arange(pages, device=first.device) * meta.page_size
+    begin = torch.maximum(page, first[:, None])
+    return begin < torch.minimum(page + meta.page_size, last[:, None])
+
+
 def check(
     case: GradedCase,
     *,
     candidates: Tensor | None = None,
     block: int | None = None,
     left_out: str = "midpoint",
+    with_errors: bool = True,
+    workspace: Tensor | None = None,
 ) -> None:
     """Equal to the reference where a row sees, untouched where it does not."""
     n, hq, _ = case.q.shape
@@ -39,17 +50,27 @@ def check(
         "block": block,
         "left_out": left_out,
     }
+    pages = -(-case.meta.max_len // case.meta.page_size) + 1
+    errors = torch.full((n, hq, pages), SENTINEL, device=case.q.device) if with_errors else None
+    expected_errors = None if errors is None else errors.clone()
     scores, lse = estimate_scores(
-        case.q, case.index, case.windows, case.meta, scores=scores, **arguments
-    )
+        case.q, case.index, case.windows, case.meta, scores=scores, errors=errors,
+        workspace=workspace, **arguments
+    )  # fmt: skip
     expected, expected_lse = reference(
-        case.q, case.index, case.windows, case.meta, scores=expected, **arguments
-    )
+        case.q, case.index, case.windows, case.meta, scores=expected, errors=expected_errors,
+        **arguments
+    )  # fmt: skip
     factor = FACTOR[case.q.device.type]
     compare(scores, expected, step_dtype=torch.float32, factor=factor)
     compare(lse, expected_lse, step_dtype=torch.float32, factor=factor)
     hidden = ~visible(case.meta, capacity)[:, None].expand(-1, hq, -1)
     assert (scores[hidden] == SENTINEL).all()
+    if errors is not None and expected_errors is not None:
+        for of_row, expected_of_row, seen in zip(
+            errors, expected_errors, listed(case.meta, pages), strict=True
+        ):
+            compare(of_row[:, seen], expected_of_row[:, seen], step_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("k_index", ["int4_channel", "int4_token"])
@@ -124,6 +145,85 @@ def test_row_that_sees_nothing(device: torch.device) -> None:
     assert torch.isneginf(lse[1]).all() and torch.isfinite(lse[0]).all()
 
 
+@pytest.mark.parametrize("with_errors", [False, True])
+def test_errors_are_optional(device: torch.device, with_errors: bool) -> None:
+    case = make_case(make_meta(device, [300, 90], page_size=16), group=4)
+    candidates = case.candidates(0.5)
+    check(case, candidates=candidates, left_out="drop", with_errors=with_errors)
+
+
+@pytest.mark.parametrize("k_index", ["int4_channel", "int4_token"])
+@pytest.mark.parametrize("page_size", [65, 100, 200])
+def test_pages_of_more_than_a_piece(device: torch.device, page_size: int, k_index: str) -> None:
+    case = make_case(make_meta(device, [900, 150], page_size=page_size), group=4, k_index=k_index)
+    check(case)
+    check(case, candidates=case.candidates(0.5))
+    check(case, candidates=case.candidates(0.5), left_out="drop")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("batch", [1, 5, 40])
+def test_many_pages(head_dim: int, batch: int) -> None:
+    """Units that many blocks share, blocks that go through many units, rows beyond a warp's 32."""
+    torch.manual_seed(batch)
+    lengths = [20_000 // batch + 997 * i % 1400 for i in range(batch)]
+    meta = make_meta(torch.device("cuda"), lengths, page_size=64)
+    check(make_case(meta, group=4, num_kv_heads=3, head_dim=head_dim, dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_aligned_scores() -> None:
+    """Rows of scores at multiples of 16 bytes, as the engine's are: written in vectors."""
+    device = torch.device("cuda")
+    for group in (1, 3, 4, 7, 8):
+        meta = make_meta(device, [5000, 777], page_size=64, sliding=4100)
+        case = make_case(meta, group=group, head_dim=128)
+        scores = torch.full((2, 2 * group, 5056), SENTINEL, device=device)
+        expected = scores.clone()
+        arguments = (case.q, case.index, case.windows, meta)
+        estimate_scores(*arguments, softmax_scale=0.1, scores=scores)
+        reference(*arguments, softmax_scale=0.1, scores=expected)
+        compare(scores, expected, step_dtype=torch.float32, factor=FACTOR["cuda"])
+
+
+@pytest.mark.gpu
+def test_workspace_serves_any_number_of_steps() -> None:
+    """It is left as it was found, by steps of other shapes and by replays of a graph."""
+    device = torch.device("cuda")
+    workspace = allocate_workspace(4, 12, 2, device)
+    for lengths in ([3000, 90, 1, 700], [9000], [40, 40]):
+        case = make_case(make_meta(device, lengths, page_size=16), group=6)
+        check(case, workspace=workspace)
+    scores = torch.empty(2, 12, case.meta.max_len, device=device)
+    lse = torch.empty(2, 12, device=device)
+    arguments = (case.q, case.index, case.windows, case.meta)
+
+    def step() -> None:
+        estimate_scores(*arguments, softmax_scale=0.1, scores=scores, lse=lse, workspace=workspace)
+
+    step()
+    expected = lse.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            step()
+    for _ in range(50):
+        lse.zero_()
+        graph.replay()
+        assert torch.equal(lse, expected)
+
+
+@pytest.mark.gpu
+def test_workspace_too_small() -> None:
+    case = make_case(make_meta(torch.device("cuda"), [100]))
+    short = torch.zeros(8, dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match="workspace holds 8 elements; it needs"):
+        estimate_scores(
+            case.q, case.index, case.windows, case.meta, softmax_scale=1.0, workspace=short
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rows(dtype: torch.dtype) -> None:
@@ -152,6 +252,9 @@ def test_bad_arguments(device: torch.device) -> None:
     with pytest.raises(ValueError, match="scores holds 8 tokens; max_len is 103"):
         scores = torch.empty(1, 4, 8, device=device)
         estimate_scores(*arguments, softmax_scale=1.0, scores=scores)
+    with pytest.raises(ValueError, match="errors holds 6 pages; it needs 7"):
+        errors = torch.empty(1, 4, 6, device=device)
+        estimate_scores(*arguments, softmax_scale=1.0, errors=errors)
     off = torch.zeros(1, 2, 8, dtype=torch.uint8, device=device)
     with pytest.raises(ValueError, match="holds 8 blocks; 103 tokens in blocks of 16 need 7"):
         estimate_scores(*arguments, softmax_scale=1.0, candidates=off)

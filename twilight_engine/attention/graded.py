@@ -20,7 +20,6 @@ from twilight_engine.layout import Pruned, RowLists, StepMeta
 from twilight_engine.ops.attend_lower import attend_lower
 from twilight_engine.ops.attend_rows import attend_rows
 from twilight_engine.ops.attend_workspace import AttendState
-from twilight_engine.ops.estimate_errors import estimate_errors
 from twilight_engine.ops.estimate_scores import estimate_scores
 from twilight_engine.ops.gather_rows import gather_rows
 from twilight_engine.ops.merge_states import merge_states
@@ -131,6 +130,9 @@ class GradedAttention:
             self.tiers.lsh,
         )
         candidates = self.selector.select(q, view)
+        errors = None
+        if self.config.mass_margin > 0 and self.top_k is None:
+            errors = buffers.errors
         scores, lse = estimate_scores(
             q,
             self.index,
@@ -141,10 +143,9 @@ class GradedAttention:
             block=block,
             left_out="midpoint" if self.config.tail == "mean" else "drop",
             scores=buffers.scores,
+            errors=errors,
+            workspace=buffers.estimate,
         )
-        errors = None
-        if self.config.mass_margin > 0 and self.top_k is None:
-            errors = estimate_errors(q, self.index, meta, softmax_scale=scale)
         pruned = prune(
             scores,
             lse,

@@ -23,6 +23,7 @@ from twilight_engine.layout import (
     RowLists,
     Windows,
 )
+from twilight_engine.ops.estimate_scores import allocate_workspace
 from twilight_engine.telemetry import LayerCounts
 
 
@@ -46,6 +47,8 @@ class StepBuffers:
     """
 
     scores: Tensor  # [N, Hq, C] float32
+    errors: Tensor  # [N, Hq, P] float32, of a sequence's pages
+    estimate: Tensor | None  # workspace of estimate_scores; None on a CPU
     weights: Tensor  # [N, Hkv, C] float32, scratch of prune
     pruned: Pruned
     locations: Tensor  # [N, Hkv, C] int32
@@ -58,6 +61,8 @@ class StepBuffers:
         lists, fetch = self.pruned, self.fetch
         return StepBuffers(
             self.scores[:n],
+            self.errors[:n],
+            self.estimate,
             self.weights[:n],
             Pruned(
                 RowLists(lists.exact.tokens[:n], lists.exact.counts[:n]),
@@ -142,12 +147,17 @@ class TierShape:
 
         if not counts:
             return {}
-        scores, weights, locations = floats(self.model.num_q_heads), floats(heads), ints()
+        num_q_heads, pages = self.model.num_q_heads, self.plan.pages_per_sequence
+        scores, weights, locations = floats(num_q_heads), floats(heads), ints()
+        errors = torch.zeros(n, num_q_heads, pages, device=self.device)
+        estimate = allocate_workspace(n, num_q_heads, heads, self.device)
         exact, index, src, dst = ints(), ints(), ints(), ints()
         grades = torch.zeros(n, heads, capacity, dtype=torch.uint8, device=self.device)
         return {
             layer: StepBuffers(
                 scores=scores,
+                errors=errors,
+                estimate=estimate,
                 weights=weights,
                 pruned=Pruned(
                     exact=RowLists(exact, at.exact),

@@ -21,7 +21,7 @@ def estimate_errors(
     of n's sequence, with the step of each channel; with a step a token the mean of its square over
     the page stands for step^2.
 
-    Torch ops that stay on the device, on a GPU as on a CPU: the steps are 1/64 of the codes' bytes.
+    Torch ops, on a GPU as on a CPU. On a GPU estimate_scores gives the same as it reads the steps.
 
     Args:
         q: [N, Hq, D] float32, float16 or bfloat16.

@@ -8,6 +8,7 @@ from torch import Tensor
 from twilight_engine.layout import IndexPages, StepMeta, Windows, num_blocks
 from twilight_engine.ops import launch
 from twilight_engine.ops.cpu import estimate_scores as cpu
+from twilight_engine.ops.estimate_errors import estimate_errors
 
 LEFT_OUT = ("midpoint", "drop")
 
@@ -51,24 +52,44 @@ def _check(
         launch.check_dtype("candidates", candidates, torch.uint8)
 
 
-def _check_outputs(scores: Tensor, lse: Tensor, q: Tensor, meta: StepMeta) -> None:
+def _check_outputs(
+    scores: Tensor, lse: Tensor, errors: Tensor | None, q: Tensor, meta: StepMeta
+) -> None:
     num_rows, num_q_heads, _ = q.shape
     launch.check_shape("scores", scores, (num_rows, num_q_heads, None))
     launch.check_dtype("scores", scores, torch.float32)
     launch.check_shape("lse", lse, (num_rows, num_q_heads))
     if scores.shape[2] < meta.max_len:
         raise ValueError(f"scores holds {scores.shape[2]} tokens; max_len is {meta.max_len}")
+    if errors is not None:
+        launch.check_shape("errors", errors, (num_rows, num_q_heads, None))
+        launch.check_dtype("errors", errors, torch.float32)
+        pages = num_blocks(meta.max_len, meta.page_size, meta.page_size)
+        if errors.shape[2] < pages:
+            raise ValueError(f"errors holds {errors.shape[2]} pages; it needs {pages}")
 
 
-def partial_chunks(meta: StepMeta, windows: Windows) -> int:
-    """Chunks a row is split into on a GPU: what the workspace `partials` is sized by."""
-    chunks: int = launch.kernels().estimate_scores_chunks(
-        max_len=meta.max_len,
-        page_size=meta.page_size,
-        num_sink=meta.num_sink,
-        window_rows=windows.window_rows,
+def _workspace_size(num_rows: int, num_q_heads: int, num_kv_heads: int) -> int:
+    size: int = launch.kernels().estimate_scores_workspace(
+        num_rows=num_rows, num_kv_heads=num_kv_heads, group=num_q_heads // num_kv_heads
     )
-    return chunks
+    return size
+
+
+def allocate_workspace(
+    num_rows: int, num_q_heads: int, num_kv_heads: int, device: torch.device
+) -> Tensor | None:
+    """The workspace of steps of up to num_rows query rows, ready for use; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    size = _workspace_size(num_rows, num_q_heads, num_kv_heads)
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def _check_workspace(workspace: Tensor, size: int) -> None:
+    launch.check_dtype("workspace", workspace, torch.int32)
+    if workspace.numel() < size:
+        raise ValueError(f"workspace holds {workspace.numel()} elements; it needs {size}")
 
 
 def _launch(
@@ -83,14 +104,15 @@ def _launch(
     left_out: str,
     scores: Tensor,
     lse: Tensor,
-    partials: Tensor | None,
+    errors: Tensor | None,
+    workspace: Tensor | None,
 ) -> None:
     num_rows, num_q_heads, head_dim = q.shape
     launch.check_head_dim(head_dim)
-    shape = (num_rows, num_q_heads, partial_chunks(meta, windows), 2)
-    if partials is None:
-        partials = torch.empty(shape, device=q.device)
-    launch.check_shape("partials", partials, shape)
+    if workspace is None:
+        workspace = allocate_workspace(num_rows, num_q_heads, windows.num_kv_heads, q.device)
+    assert workspace is not None
+    _check_workspace(workspace, _workspace_size(num_rows, num_q_heads, windows.num_kv_heads))
     bounds = index.k_bounds
     launch.kernels().estimate_scores(
         q=launch.ptr(q),
@@ -107,7 +129,8 @@ def _launch(
         ctx_starts=launch.ptr(meta.ctx_starts),
         scores=launch.ptr(scores),
         lse=launch.ptr(lse),
-        partials=launch.ptr(partials),
+        errors=launch.ptr(errors),
+        workspace=launch.ptr(workspace),
         num_rows=num_rows,
         num_kv_heads=windows.num_kv_heads,
         group=num_q_heads // windows.num_kv_heads,
@@ -115,9 +138,9 @@ def _launch(
         page_size=meta.page_size,
         num_sink=meta.num_sink,
         window_rows=windows.window_rows,
-        max_len=meta.max_len,
         capacity=scores.shape[2],
         table_stride=meta.page_table.stride(0),
+        num_pages=0 if errors is None else errors.shape[2],
         num_blocks=0 if candidates is None else candidates.shape[2],
         by_token=candidates is not None and block == 1,
         row_dtype=launch.row_dtype("q", q),
@@ -143,7 +166,8 @@ def estimate_scores(
     left_out: str = "midpoint",
     scores: Tensor | None = None,
     lse: Tensor | None = None,
-    partials: Tensor | None = None,
+    errors: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits of every visible token: from INT4 codes, or exact for resident tokens.
 
@@ -163,7 +187,10 @@ def estimate_scores(
         left_out: "midpoint" or "drop".
         scores: [N, Hq, C] float32 with C >= meta.max_len; tokens a row cannot see stay as they are.
         lse: [N, Hq] float32.
-        partials: [N, Hq, partial_chunks(meta, windows), 2] float32 workspace (CUDA only).
+        errors: [N, Hq, P] float32 with a P that holds max_len, to be given the standard error of
+            each page with list tokens (ops.estimate_errors); other entries are arbitrary.
+        workspace: from allocate_workspace, for this many rows or more (CUDA only). One launch at a
+            time may use it; None: a new one, which costs a launch.
     Returns: scores, lse.
     Raises: ValueError for shapes, dtypes or a left_out other than these; NotImplementedError for a
         head_dim or dtype without a kernel.
@@ -176,12 +203,12 @@ def estimate_scores(
         scores = torch.empty(num_rows, num_q_heads, meta.max_len, device=q.device)
     if lse is None:
         lse = torch.empty(num_rows, num_q_heads, device=q.device)
-    _check_outputs(scores, lse, q, meta)
+    _check_outputs(scores, lse, errors, q, meta)
     if q.is_cuda:
         _launch(
             q.contiguous(), index, windows, meta, softmax_scale=softmax_scale,
             candidates=candidates, block=block, left_out=left_out, scores=scores, lse=lse,
-            partials=partials,
+            errors=errors, workspace=workspace,
         )  # fmt: skip
         return scores, lse
     if q.dtype != torch.float32:
@@ -190,4 +217,8 @@ def estimate_scores(
         q, index, windows, meta, softmax_scale=softmax_scale, candidates=candidates,
         block=block, left_out=left_out, scores=scores, lse=lse,
     )  # fmt: skip
+    if errors is not None:
+        of_pages = estimate_errors(q, index, meta, softmax_scale=softmax_scale)
+        count = min(errors.shape[2], of_pages.shape[2])
+        errors[..., :count] = of_pages[..., :count]
     return scores, lse

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from twilight_engine.config import QUEST_BLOCK
 from twilight_engine.layout import IndexPages, StepMeta, Windows, block_of
+from twilight_engine.reference.estimate_errors import estimate_errors
 
 
 def dequantise_keys(index: IndexPages, pages: Tensor, head: int) -> Tensor:
@@ -43,6 +44,7 @@ def estimate_scores(
     left_out: str = "midpoint",
     scores: Tensor | None = None,
     lse: Tensor | None = None,
+    errors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ops.estimate_scores; token by token, head by head."""
     n_rows, num_q_heads, head_dim = q.shape
@@ -78,4 +80,8 @@ def estimate_scores(
                 s[:, ~kept] = -torch.inf
             scores[n, q_heads, start : start + len(t)] = s
             lse[n, q_heads] = torch.logsumexp(s, dim=-1)
+    if errors is not None:
+        of_pages = estimate_errors(q, index, meta, softmax_scale=softmax_scale)
+        count = min(errors.shape[2], of_pages.shape[2])
+        errors[..., :count] = of_pages[..., :count]
     return scores, lse
