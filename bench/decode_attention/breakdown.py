@@ -61,7 +61,7 @@ class LayerOps:
         self.lists = FetchLists.empty(n, heads, capacity, device)
         self.candidates: Tensor | None = None
         self.errors: Tensor | None = None
-        if config.mass_margin > 0 and config.attn_top_k is None:
+        if self.config.mass_margin > 0 and self.config.attn_top_k is None:
             self.errors = torch.empty(n, q.shape[1], meta.page_table.shape[1], device=device)
         self.states: dict[str, AttendState] = {}
 
