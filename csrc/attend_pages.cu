@@ -30,6 +30,7 @@ struct PageSource {
     first_token = params.step.ctx_starts[segment.n];
   }
 
+  static constexpr bool kFetches = false;
   struct Peeked {
     int page = kNoRow, offset = 0;
   };

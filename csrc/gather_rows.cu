@@ -124,12 +124,6 @@ __device__ void copy_tile(const Tile& tile, unsigned rows, unsigned row_vectors)
   }
 }
 
-__device__ __forceinline__ unsigned long long now_ns() {
-  unsigned long long ns;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
-  return ns;
-}
-
 template <bool kTouch, bool kWide>
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRowsParams p) {
   extern __shared__ unsigned ends[];  // [num_segments]

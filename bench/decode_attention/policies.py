@@ -71,7 +71,9 @@ class ZeroCopyRows(OpenGraded):
                 f"{self.most_rows} rows takes {lists * self.most_rows}"
             )
 
-    def _fetch(self, exact: RowLists, meta: StepMeta, buffers: StepBuffers) -> Tensor:
+    def _fetch(
+        self, exact: RowLists, meta: StepMeta, buffers: StepBuffers
+    ) -> tuple[Tensor, torch.cuda.Event | None]:
         most = self.most_rows
         fetch = staged_lists(exact, meta, self._hot.first_row, most)
         buffers.locations[..., :most] = fetch.dst
@@ -81,7 +83,7 @@ class ZeroCopyRows(OpenGraded):
             stream.wait_stream(torch.cuda.current_stream(self.cache.device))
         gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters, stream=stream)
         self.cache.log.record_layer(self.layer, {MISSED: fetch.counts, DIRECT: fetch.direct})
-        return buffers.locations
+        return buffers.locations, None if stream is None else stream.record_event()
 
     @property
     def _hot(self) -> HotRows:
@@ -105,8 +107,8 @@ class QuestPages(ZeroCopyRows):
         kept = self.selector.select(q, view)
         assert kept is not None
         exact = lists_of_blocks(kept, meta, self.index.candidate_block, buffers.pruned.exact)
-        locations = self._fetch(exact, meta, buffers)
-        return [self._attend_exact(q, exact, locations, meta)]
+        locations, arrival = self._fetch(exact, meta, buffers)
+        return [self._attend_exact(q, exact, locations, arrival, meta)]
 
 
 class PolicyDecode(DecodeAttention):

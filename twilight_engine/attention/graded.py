@@ -19,7 +19,7 @@ from twilight_engine.kv.tiers import StepBuffers
 from twilight_engine.layout import Pruned, RowLists, StepMeta
 from twilight_engine.ops.attend_lower import attend_lower
 from twilight_engine.ops.attend_rows import attend_rows
-from twilight_engine.ops.attend_workspace import AttendState
+from twilight_engine.ops.attend_workspace import HEAD_TILE, AttendState
 from twilight_engine.ops.estimate_scores import estimate_scores
 from twilight_engine.ops.gather_rows import gather_rows
 from twilight_engine.ops.merge_states import merge_states
@@ -79,8 +79,8 @@ class GradedAttention:
             exact = list_all(
                 meta, self.windows.num_kv_heads, self.cache.plan.capacity, out=buffers.pruned.exact
             )
-            locations = self._fetch(exact, meta, buffers)
-            states = [self._attend_exact(q, exact, locations, meta)]
+            locations, arrival = self._fetch(exact, meta, buffers)
+            states = [self._attend_exact(q, exact, locations, arrival, meta)]
         else:
             states = self._attend_graded(q, meta, buffers)
         out, _ = merge_states(states, q.dtype)
@@ -88,27 +88,32 @@ class GradedAttention:
 
     def _attend_graded(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> list[AttendState]:
         pruned, scores, lse = self._prune(q, meta, buffers)
-        locations = self._fetch(pruned.exact, meta, buffers)
-        states = self._start_lower(scores, lse, pruned, meta)
-        states.append(self._attend_exact(q, pruned.exact, locations, meta))
-        if self.cache.side_stream is not None:
+        graded = None
+        if self.cache.on_gpu:
+            graded = torch.cuda.current_stream(self.cache.device).record_event()
+        locations, arrival = self._fetch(pruned.exact, meta, buffers)
+        states = self._start_lower(scores, lse, pruned, meta, graded)
+        states.append(self._attend_exact(q, pruned.exact, locations, arrival, meta))
+        if self.cache.side_stream is not None and len(states) > 1:
             torch.cuda.current_stream(self.cache.device).wait_stream(self.cache.side_stream)
         return states  # lse and the lower grades' state were kept until the streams met again
 
     def _start_lower(
-        self, scores: Tensor, lse: Tensor, pruned: Pruned, meta: StepMeta
+        self,
+        scores: Tensor,
+        lse: Tensor,
+        pruned: Pruned,
+        meta: StepMeta,
+        graded: torch.cuda.Event | None,
     ) -> list[AttendState]:
-        """Attend to the grades below exact, on a stream beside the fetch: they wait for no row.
-
-        They start behind the resolve, not beside it, since their blocks would stand in its way.
-        """
+        """Attend to the grades below exact once they are known, on a stream beside the fetch."""
         tail = self.config.tail == "mean"
         if self.index_top_p is None and not tail:
             return []
         stream = self.cache.side_stream
-        if stream is None:
+        if stream is None or graded is None:
             return [attend_lower(scores, lse, pruned.grades, self.index, meta, tail=tail)]
-        stream.wait_stream(torch.cuda.current_stream(self.cache.device))
+        stream.wait_event(graded)
         with torch.cuda.stream(stream):
             return [attend_lower(scores, lse, pruned.grades, self.index, meta, tail=tail)]
 
@@ -165,9 +170,17 @@ class GradedAttention:
         )
         return pruned, scores, lse
 
-    def _fetch(self, exact: RowLists, meta: StepMeta, buffers: StepBuffers) -> Tensor:
-        """Resolve against the hot rows and start the gather of what they lack -> locations."""
+    def _fetch(
+        self, exact: RowLists, meta: StepMeta, buffers: StepBuffers
+    ) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Resolve against the hot rows -> locations, and what to wait for before they are read.
+
+        On a GPU attend_rows brings what is missing. Where a row could be listed twice in a step, a
+        gather on the copy stream does, before anything is attended.
+        """
         counters = self.cache.log.counters[self.layer]
+        group = self.cache.model.num_q_heads // self.windows.num_kv_heads
+        alone = meta.num_queries == meta.num_seqs and group <= HEAD_TILE
         locations, fetch = resolve_rows(
             exact,
             self.tiers.hot,
@@ -175,24 +188,33 @@ class GradedAttention:
             locations=buffers.locations,
             fetch=buffers.fetch,
             counters=counters,
+            flag_fetched=alone and self.cache.on_gpu,
         )
         stream = self.cache.copy_stream
         if stream is None:
             with self.cache.log.time_link():
                 gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
-            return locations
+            return locations, None
+        if alone:
+            return locations, None
         stream.wait_stream(torch.cuda.current_stream(self.cache.device))
         times = self.cache.log.link_ns[self.layer]
         with torch.cuda.stream(stream):
             gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters, times=times)
-        return locations
+        return locations, stream.record_event()
 
     def _attend_exact(
-        self, q: Tensor, exact: RowLists, locations: Tensor, meta: StepMeta
+        self,
+        q: Tensor,
+        exact: RowLists,
+        locations: Tensor,
+        arrival: torch.cuda.Event | None,
+        meta: StepMeta,
     ) -> AttendState:
-        """Attend over resident and fetched rows, once the gather has landed."""
-        if self.cache.copy_stream is not None:
-            torch.cuda.current_stream(self.cache.device).wait_stream(self.cache.copy_stream)
+        """Attend over resident and listed rows, once those that something else brings are there."""
+        if arrival is not None:
+            torch.cuda.current_stream(self.cache.device).wait_event(arrival)
+        log = self.cache.log
         return attend_rows(
             q,
             self.windows,
@@ -201,7 +223,8 @@ class GradedAttention:
             locations,
             meta,
             softmax_scale=self.cache.model.softmax_scale,
-            counters=self.cache.log.counters[self.layer],
+            counters=log.counters[self.layer],
+            times=log.link_ns[self.layer] if self.cache.on_gpu else None,
         )
 
     def _buffers(self, n: int) -> StepBuffers:

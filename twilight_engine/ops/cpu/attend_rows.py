@@ -7,7 +7,15 @@ from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twilight_engine.layout import COUNTER_DIRECT_BYTES, RowLists, StepMeta, Windows
+from twilight_engine.layout import (
+    COUNTER_DIRECT_BYTES,
+    COUNTER_FETCHED_BYTES,
+    FETCHED,
+    NO_ROW,
+    RowLists,
+    StepMeta,
+    Windows,
+)
 from twilight_engine.ops.cpu.attend_chunk import (
     CHUNK_TOKENS,
     ChunkStates,
@@ -19,17 +27,21 @@ from twilight_engine.ops.cpu.attend_chunk import (
 
 @njit(cache=True)
 def _locate(i, spans, first_row, num_sink, window_rows, tokens, locations, pages, page_size):  # type: ignore[no-untyped-def]
-    """Row of entry i of a segment: (in the pool, row). Sinks, then window, then the list."""
+    """Row of entry i of a segment: (in the pool, row, slot to keep it in or NO_ROW).
+
+    Sinks come first, then the window, then the list.
+    """
     if i < spans[1]:
-        return True, np.int64(first_row) + spans[0] + i
+        return True, np.int64(first_row) + spans[0] + i, NO_ROW
     if i < spans[1] + spans[3]:
         t = spans[2] + i - spans[1]
-        return True, np.int64(first_row) + num_sink + t % window_rows
+        return True, np.int64(first_row) + num_sink + t % window_rows, NO_ROW
     j = i - spans[1] - spans[3]
-    if locations[j] >= 0:
-        return True, np.int64(locations[j])
+    if 0 <= locations[j] < FETCHED:
+        return True, np.int64(locations[j]), NO_ROW
     t = tokens[j]
-    return False, np.int64(pages[t // page_size]) * page_size + t % page_size
+    slot = locations[j] - FETCHED if locations[j] >= FETCHED else NO_ROW
+    return False, np.int64(pages[t // page_size]) * page_size + t % page_size, slot
 
 
 @njit(parallel=True, cache=True)
@@ -50,7 +62,7 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
     scale,
     chunk_out,
     chunk_state,
-    direct_rows,
+    host_rows,
 ):
     n_rows, num_kv_heads, max_chunks = chunk_out.shape[:3]
     group, head_dim = q.shape[2], q.shape[3]
@@ -59,7 +71,7 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
         h = task // max_chunks % num_kv_heads
         n = task // max_chunks // num_kv_heads
         length = min(CHUNK_TOKENS, lengths[n, h] - c * CHUNK_TOKENS)
-        direct_rows[n, h, c] = 0
+        host_rows[n, h, c] = 0
         if length <= 0:
             continue
         q_h, host_h = q[n, h], host[h]
@@ -69,7 +81,7 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
         row = np.empty(CHUNK_TOKENS, np.int64)
         scores = np.empty((group, CHUNK_TOKENS), np.float32)
         for i in range(length):
-            near[i], row[i] = _locate(
+            near[i], row[i], slot = _locate(
                 c * CHUNK_TOKENS + i,
                 span,
                 first_rows[n, h],
@@ -84,7 +96,9 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
                 score_row(q_h, pool, row[i], scale, scores, i)
             else:
                 score_row(q_h, host_h, row[i], scale, scores, i)
-                direct_rows[n, h, c] += 1
+                host_rows[n, h, c, 0 if slot < 0 else 1] += 1
+                if slot >= 0:
+                    pool[slot] = host_h[row[i]]
         exponentiate(scores, length, chunk_state[n, h, c])
         out = chunk_out[n, h, c]
         out[:] = np.float32(0)
@@ -131,7 +145,7 @@ def attend_rows(
     slots = meta.seq_slots.numpy()[meta.query_seq.numpy()].astype(np.int64)
     first_rows = (slots[:, None] * hkv + np.arange(hkv)) * windows.rows_per_head
     states = ChunkStates(lengths, group, head_dim)
-    direct_rows = np.empty(states.out.shape[:3], np.int64)
+    host_rows = np.empty((*states.out.shape[:3], 2), np.int64)  # left there, and fetched
     _attend_chunks(
         q.view(n, hkv, group, head_dim).numpy(),
         windows.rows.numpy(),
@@ -149,9 +163,11 @@ def attend_rows(
         np.float32(softmax_scale),
         states.out,
         states.state,
-        direct_rows,
+        host_rows,
     )
     states.merge_into(out, lse)
     if counters is not None:
         row_bytes = 2 * head_dim * host_kv.element_size()
-        counters[COUNTER_DIRECT_BYTES] += int(direct_rows.sum()) * row_bytes
+        direct, fetched = host_rows.sum((0, 1, 2)).tolist()
+        counters[COUNTER_DIRECT_BYTES] += direct * row_bytes
+        counters[COUNTER_FETCHED_BYTES] += fetched * row_bytes
