@@ -15,7 +15,8 @@
 // warp writes 128 bytes a head at once. Channel order inside a dot is free, so lane (r, j) loads
 // the j-th quarter of a token's bytes and unpacks them into A with no exchange; B likewise.
 //   A: a nibble c goes to bits 3-6 of a bf16 one, 1 + c / 16, exact, in a shift and a lop3 a pair.
-//   B: 16 * q * softmax_scale * scale, folded once a page, as a sum of two bf16 (hi + lo).
+//   B: 16 * q * softmax_scale * scale, folded once a page (estimate_query.cuh), as a sum of two
+//      bf16 (hi + lo).
 //   C starts at q . min - sum of 16 * q * scale, which takes the ones out again.
 // Precision: hi + lo are off by at most 2^-18 of each q * scale, and A is at most 31 / 16, so a
 // channel's term is off by at most 2^-17 of the widest term that its scale allows, at any
