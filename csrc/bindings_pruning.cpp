@@ -15,11 +15,11 @@ void bind_pruning(py::module_& m) {
       [](uint64_t q, uint64_t k_codes, uint64_t k_scale, uint64_t k_bounds, uint64_t rows,
          uint64_t candidates, uint64_t page_table, uint64_t seq_slots, uint64_t window_starts,
          uint64_t query_seq, uint64_t positions, uint64_t ctx_starts, uint64_t scores, uint64_t lse,
-         uint64_t errors, uint64_t workspace, int num_rows, int num_kv_heads, int group,
-         int head_dim, int page_size, int num_sink, int window_rows, int capacity, int table_stride,
-         int num_pages, int num_blocks, bool by_token, int row_dtype, bool per_token, bool drop,
-         float softmax_scale, int64_t codes_page_stride, int64_t scale_page_stride,
-         int64_t bounds_page_stride, uint64_t stream) {
+         uint64_t errors, uint64_t workspace, int64_t workspace_size, int num_rows,
+         int num_kv_heads, int group, int head_dim, int page_size, int num_sink, int window_rows,
+         int capacity, int table_stride, int num_pages, int num_blocks, bool by_token,
+         int row_dtype, bool per_token, bool drop, float softmax_scale, int64_t codes_page_stride,
+         int64_t scale_page_stride, int64_t bounds_page_stride, uint64_t stream) {
         twilight::EstimateScoresParams p{};
         p.q = as<void>(q);
         p.k_codes = as<uint8_t>(k_codes);
@@ -37,6 +37,7 @@ void bind_pruning(py::module_& m) {
         p.lse = as<float>(lse);
         p.errors = as<float>(errors);
         p.workspace = as<unsigned>(workspace);
+        p.workspace_size = workspace_size;
         p.num_rows = num_rows;
         p.num_kv_heads = num_kv_heads;
         p.group = group;
@@ -62,12 +63,12 @@ void bind_pruning(py::module_& m) {
       py::arg("rows"), py::arg("candidates"), py::arg("page_table"), py::arg("seq_slots"),
       py::arg("window_starts"), py::arg("query_seq"), py::arg("positions"), py::arg("ctx_starts"),
       py::arg("scores"), py::arg("lse"), py::arg("errors"), py::arg("workspace"),
-      py::arg("num_rows"), py::arg("num_kv_heads"), py::arg("group"), py::arg("head_dim"),
-      py::arg("page_size"), py::arg("num_sink"), py::arg("window_rows"), py::arg("capacity"),
-      py::arg("table_stride"), py::arg("num_pages"), py::arg("num_blocks"), py::arg("by_token"),
-      py::arg("row_dtype"), py::arg("per_token"), py::arg("drop"), py::arg("softmax_scale"),
-      py::arg("codes_page_stride"), py::arg("scale_page_stride"), py::arg("bounds_page_stride"),
-      py::arg("stream"));
+      py::arg("workspace_size"), py::arg("num_rows"), py::arg("num_kv_heads"), py::arg("group"),
+      py::arg("head_dim"), py::arg("page_size"), py::arg("num_sink"), py::arg("window_rows"),
+      py::arg("capacity"), py::arg("table_stride"), py::arg("num_pages"), py::arg("num_blocks"),
+      py::arg("by_token"), py::arg("row_dtype"), py::arg("per_token"), py::arg("drop"),
+      py::arg("softmax_scale"), py::arg("codes_page_stride"), py::arg("scale_page_stride"),
+      py::arg("bounds_page_stride"), py::arg("stream"));
   m.def(
       "lsh_candidates",
       [](uint64_t q_codes, uint64_t k_codes, uint64_t page_table, int64_t page_table_stride,

@@ -1,6 +1,7 @@
 // Scores of list tokens of estimate_scores, by a warp that reads its pages through a ring.
 #pragma once
 
+#include "csrc/estimate_query.cuh"
 #include "csrc/estimate_schedule.cuh"
 #include "csrc/page_ring.cuh"
 #include "csrc/running_softmax.cuh"
@@ -61,7 +62,7 @@ class ListWarp {
   // q: 16 times the scaled queries, as load_query reads them.
   __device__ void run(const float* q, Softmax (&state)[2]) {
     q_ = q;
-    if constexpr (kPerToken) fold_query();
+    if constexpr (kPerToken) query_.fold_alone(q, lane_);
     for (int turn = 0; turn < count_; ++turn) {
       ring_.wait();
       score(turn, state);
@@ -148,8 +149,11 @@ class ListWarp {
       if (p_.errors != nullptr && piece.number == 0) write_error(piece, token_steps(turn));
       if (kept != kAllRuns) fill_runs(turn, piece, kept, begin, end, state);
     } else {
-      if (kept || !p_.drop || p_.errors != nullptr) fold(piece, ring_.scales(turn), kept);
-      if (!kept) fill(begin, end, p_.drop ? -INFINITY : middle_, state);
+      if (kept || !p_.drop || p_.errors != nullptr) {
+        query_.fold_page(q_, ring_.scales(turn), s_.heads, lane_, kept, p_.errors != nullptr);
+      }
+      if (p_.errors != nullptr && piece.number == 0) write_error(piece, query_.squares);
+      if (!kept) fill(begin, end, p_.drop ? -INFINITY : query_.middle, state);
     }
     if (!kept) return;
     if (kept == kAllRuns && end - begin == kPieceTokens && p_.vector_scores &&
@@ -163,43 +167,6 @@ class ListWarp {
     }
   }
 
-  // int4_channel: folds a page's scales into q; writes its error.
-  __device__ void fold(const Piece& piece, const uint16_t* scales, bool multiplied) {
-    float values[L::kChannels];
-    load_query<D>(q_, lane_ / 4, lane_ % 4, values);
-    float steps = 0.0f, lows = 0.0f;
-    for_channels<D>(scales, lane_ % 4, [&](int e, float scale, float low) {
-      lows += values[e] * low;
-      values[e] *= scale;
-      steps += values[e];
-    });
-    steps = quad_sum(steps), lows = quad_sum(lows) * 0.0625f;
-    base_ = lows - steps;
-    middle_ = lows + 7.5f * 0.0625f * steps;
-    if (multiplied) folded_.set(values);
-    if (p_.errors != nullptr && piece.number == 0) {
-      float squares = 0.0f;
-#pragma unroll
-      for (int e = 0; e < L::kChannels; ++e) squares += values[e] * values[e];
-      write_error(piece, quad_sum(squares));
-    }
-  }
-
-  // int4_token: B is q alone, the same for every page.
-  __device__ void fold_query() {
-    float values[L::kChannels];
-    load_query<D>(q_, lane_ / 4, lane_ % 4, values);
-    float sum = 0.0f, squares = 0.0f;
-#pragma unroll
-    for (int e = 0; e < L::kChannels; ++e) {
-      sum += values[e];
-      squares += values[e] * values[e];
-    }
-    folded_.set(values);
-    base_ = -quad_sum(sum);
-    squares_ = quad_sum(squares);
-  }
-
   // int4_token: |16 q|^2 times the mean square of a page's steps, for head lane / 4.
   __device__ float token_steps(int turn) const {
     const uint16_t* steps =
@@ -209,7 +176,7 @@ class ListWarp {
       const float step = __half2float(reinterpret_cast<const __half*>(steps)[2 * t]);
       sum += step * step;
     }
-    return squares_ * warp_sum(sum) / p_.page_size;
+    return query_.squares * warp_sum(sum) / p_.page_size;
   }
 
   // From sum over d of (16 q step)^2: a code is off by step / sqrt(12).
@@ -248,7 +215,7 @@ class ListWarp {
       if (!p_.drop) {
         const int64_t at = int64_t(s_.kv_head) * runs + piece.number * 4 + i;
         float values[L::kChannels];
-        load_query<D>(q_, lane_ / 4, lane_ % 4, values);
+        load_query(q_, lane_ / 4, lane_ % 4, values);
         float sum = 0.0f;
         for_channels<D>(p_.k_bounds + page * p_.bounds_page_stride + at * 2 * D, lane_ % 4,
                         [&](int e, float low, float high) { sum += values[e] * (low + high); });
@@ -265,7 +232,7 @@ class ListWarp {
 
   // Scores of a piece of kPieceTokens tokens, all of which are visible.
   __device__ void whole(int turn, const Piece& piece, Softmax (&state)[2]) const {
-    const float bases[2] = {of_head(base_, 0), of_head(base_, 1)};
+    const float bases[2] = {of_head(query_.base, 0), of_head(query_.base, 1)};
     float scores[kPieceTokens / kBatch][2][4];
 #pragma unroll
     for (int i = 0; i < kPieceTokens / kBatch; ++i) {
@@ -297,7 +264,7 @@ class ListWarp {
   __device__ void batch(int turn, const Piece& piece, int offset, int begin, int end, unsigned kept,
                         Softmax (&state)[2]) const {
     const int first = offset + lane_ / 4 * 4;
-    const float bases[2] = {of_head(base_, 0), of_head(base_, 1)};
+    const float bases[2] = {of_head(query_.base, 0), of_head(query_.base, 1)};
     float scores[2][4];
     multiply(turn, first, bases, scores);
     unsigned seen = 0;
@@ -334,7 +301,7 @@ class ListWarp {
         L::load(ring_.codes(turn), first + tile * 2 + half, lane_ % 4, words[half]);
       }
       float c[4] = {bases[0], bases[1], bases[0], bases[1]};
-      folded_.multiply(words[0], words[1], c);
+      query_.folded.multiply(words[0], words[1], c);
 #pragma unroll
       for (int i = 0; i < 4; ++i) scores[i % 2][tile * 2 + i / 2] = c[i];
     }
@@ -385,10 +352,7 @@ class ListWarp {
   int looked_up_ = 0;  // the turn that lane 0 has looked up
   int page_ = 0;
   unsigned kept_ = 0;
-  Folded<D> folded_;
-  float base_ = 0.0f;     // what C starts at, of head lane / 4
-  float middle_ = 0.0f;   // int4_channel: the score of the middle of a page's bounds, likewise
-  float squares_ = 0.0f;  // int4_token: of 16 q, likewise
+  FoldedQuery<D> query_;
 };
 
 }  // namespace twilight

@@ -7,6 +7,8 @@
 // another for every segment, since from one segment to the next the block or the unit moves on.
 #pragma once
 
+#include <climits>
+
 #include "csrc/common.cuh"
 #include "csrc/estimate_scores.h"
 #include "csrc/int4_tiles.cuh"
@@ -21,11 +23,11 @@ static_assert(kPieceTokens == 4 * kQuestBlock);
 
 struct Segment {
   int unit, n, kv_head, first_head, heads, seq;
-  int start, stop;          // visible tokens
-  int first, last;          // list tokens
-  int first_page;           // that holds some
-  int begin, end;           // items of the unit
-  int first_block, blocks;  // that share the unit
+  int start, stop;           // visible tokens
+  int first, last;           // list tokens
+  int first_page;            // that holds some
+  int begin, end;            // items of the unit
+  int unit_begin, unit_end;  // the same of the whole unit, in the list of all items
 
   __device__ int64_t q_head(const EstimateScoresParams& p, int head) const {
     return int64_t(n) * p.num_kv_heads * p.group + first_head + head;
@@ -35,32 +37,40 @@ struct Segment {
   }
 };
 
-// Computed by whole warps, every lane alike; small enough to be kept in shared memory.
+// Computed by whole warps, every lane alike; small enough to be kept in shared memory. 32 bits are
+// enough: an item stands for 256 bytes of scores or more.
 struct Schedule {
   int residents;    // items of resident tokens that every unit begins with
   int pieces;       // of a page
   int head_groups;  // units of a row and KV head
   int blocks;       // that have work: a warp or more each
-  int64_t total;    // items
+  int each, more;   // items of a block; blocks that have one more, the first ones
 
   __device__ static Schedule make(const EstimateScoresParams& p, int warps) {
     Schedule made;
     made.residents = max(1, ceil_div(p.num_sink + p.window_rows, kResidentTokens));
     made.pieces = ceil_div(p.page_size, kPieceTokens);
     made.head_groups = ceil_div(p.group, kHeads);
-    made.total = made.find(p, INT64_MAX).start;
-    made.blocks = int(min(int64_t(gridDim.x), (made.total + warps - 1) / warps));
+    const int total = made.find(p, INT_MAX).start;
+    made.blocks = min(int(gridDim.x), ceil_div(total, warps));
+    made.each = total / made.blocks;
+    made.more = total % made.blocks;
     return made;
   }
 
   // Where a block's items begin.
-  __device__ int64_t begin(int block) const { return total * block / blocks; }
+  __device__ int begin(int block) const { return block * each + min(block, more); }
+
+  // The block that an item falls to.
+  __device__ int owner(int item) const {
+    const int longer = more * (each + 1);  // items of the blocks with one more
+    return item < longer ? item / (each + 1) : more + (item - longer) / each;
+  }
 
   // The segment that begins at an item and ends with its unit, or at item `stop`.
-  __device__ Segment segment(const EstimateScoresParams& p, int64_t item, int64_t stop) const {
+  __device__ Segment segment(const EstimateScoresParams& p, int item, int stop) const {
     const Row row = find(p, item);
-    const int unit = int(item - row.start) / row.items;
-    const int64_t unit_start = row.start + int64_t(unit) * row.items;
+    const int unit = (item - row.start) / row.items;
     Segment s;
     s.n = row.n;
     s.unit = row.n * units_per_row(p) + unit;
@@ -68,10 +78,10 @@ struct Schedule {
     const int skipped = unit % head_groups * kHeads;
     s.first_head = s.kv_head * p.group + skipped;
     s.heads = min(kHeads, p.group - skipped);
-    s.begin = int(item - unit_start);
-    s.end = int(min(stop - unit_start, int64_t(row.items)));
-    s.first_block = owner(unit_start);
-    s.blocks = owner(unit_start + row.items - 1) + 1 - s.first_block;
+    s.unit_begin = row.start + unit * row.items;
+    s.unit_end = s.unit_begin + row.items;
+    s.begin = item - s.unit_begin;
+    s.end = min(stop, s.unit_end) - s.unit_begin;
     see(p, row.n, s);
     s.first_page = s.first / p.page_size;
     return s;
@@ -80,15 +90,13 @@ struct Schedule {
  private:
   struct Row {
     int n;
-    int items;      // of each of its units
-    int64_t start;  // items of the rows before it
+    int items;  // of each of its units
+    int start;  // items of the rows before it
   };
 
   __device__ int units_per_row(const EstimateScoresParams& p) const {
     return p.num_kv_heads * head_groups;
   }
-
-  __device__ int owner(int64_t item) const { return int(((item + 1) * blocks - 1) / total); }
 
   // Sets what row n sees.
   __device__ static void see(const EstimateScoresParams& p, int n, Segment& s) {
@@ -108,23 +116,23 @@ struct Schedule {
   }
 
   // The row that an item belongs to; past the last one, a row that starts where all items end.
-  __device__ Row find(const EstimateScoresParams& p, int64_t item) const {
+  __device__ Row find(const EstimateScoresParams& p, int item) const {
     const int lane = threadIdx.x % 32;
-    int64_t before = 0;
+    int before = 0;
     for (int base = 0; base < p.num_rows; base += 32) {
       const int mine = base + lane < p.num_rows ? items(p, base + lane) : 0;
-      int64_t upto = int64_t(mine) * units_per_row(p);
+      int upto = mine * units_per_row(p);
 #pragma unroll
       for (int offset = 1; offset < 32; offset *= 2) {
-        const int64_t below = __shfl_up_sync(0xffffffffu, upto, offset);
+        const int below = __shfl_up_sync(0xffffffffu, upto, offset);
         if (lane >= offset) upto += below;
       }
       const unsigned past = __ballot_sync(0xffffffffu, before + upto > item);
       if (past != 0) {
         const int found = __ffs(past) - 1;
         const int count = __shfl_sync(0xffffffffu, mine, found);
-        const int64_t end = __shfl_sync(0xffffffffu, upto, found);
-        return {base + found, count, before + end - int64_t(count) * units_per_row(p)};
+        const int end = before + __shfl_sync(0xffffffffu, upto, found);
+        return {base + found, count, end - count * units_per_row(p)};
       }
       before += __shfl_sync(0xffffffffu, upto, 31);
     }

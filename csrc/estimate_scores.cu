@@ -15,7 +15,8 @@
 // warp writes 128 bytes a head at once. Channel order inside a dot is free, so lane (r, j) loads
 // the j-th quarter of a token's bytes and unpacks them into A with no exchange; B likewise.
 //   A: a nibble c goes to bits 3-6 of a bf16 one, 1 + c / 16, exact, in a shift and a lop3 a pair.
-//   B: 16 * q * softmax_scale * scale, folded once a page, as a sum of two bf16 (hi + lo).
+//   B: 16 * q * softmax_scale * scale, folded once a page (estimate_query.cuh), as a sum of two
+//      bf16 (hi + lo).
 //   C starts at q . min - sum of 16 * q * scale, which takes the ones out again.
 // Precision: hi + lo are off by at most 2^-18 of each q * scale, and A is at most 31 / 16, so a
 // channel's term is off by at most 2^-17 of the widest term that its scale allows, at any
@@ -44,13 +45,6 @@ constexpr int kWarps = D > 128 ? 4 : 8;  // 16 warps an SM in 128 registers, or 
 template <int D>
 constexpr int kSharedBytes = kWarps<D> * Ring<D>::kBytes + kHeads * D * int(sizeof(float));
 
-__host__ __device__ int units_of(int num_rows, int num_kv_heads, int group) {
-  return num_rows * num_kv_heads * ceil_div(group, kHeads);
-}
-
-// Elements of the workspace that count arrivals, one a unit; pairs of floats follow.
-__host__ __device__ int counts_of(int units) { return ceil_div(units, 2) * 2; }
-
 // The queries of a segment's heads, 16 times scaled, zero beyond them, as load_query reads them.
 template <int D>
 __device__ void stage_queries(const EstimateScoresParams& p, const Segment& s, float* q) {
@@ -65,17 +59,18 @@ __device__ void stage_queries(const EstimateScoresParams& p, const Segment& s, f
 
 // By one warp: merges the warps' parts, one a head, and, as the last of the unit's blocks, theirs.
 template <int kWarps>
-__device__ void finish(const EstimateScoresParams& p, const Segment& s,
+__device__ void finish(const EstimateScoresParams& p, const Schedule& schedule, const Segment& s,
                        const float2 (&parts)[kWarps][kHeads], int lane) {
   Softmax total;
   const int head = lane % kHeads;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) total.merge(parts[w][head].x, parts[w][head].y);
-  if (s.blocks > 1) {
-    const int units = units_of(p.num_rows, p.num_kv_heads, p.group);
-    unsigned* arrived = p.workspace + s.unit;
-    float2* partials = reinterpret_cast<float2*>(p.workspace + counts_of(units));
-    const int64_t unit_slot = s.first_block + s.unit;
+  const int first_block = schedule.owner(s.unit_begin);
+  const int blocks = schedule.owner(s.unit_end - 1) + 1 - first_block;
+  if (blocks > 1) {
+    unsigned* arrived = p.workspace + p.workspace_size - 1 - s.unit;
+    float2* partials = reinterpret_cast<float2*>(p.workspace);
+    const int64_t unit_slot = first_block + s.unit;
     if (lane < kHeads) {
       partials[(int64_t(blockIdx.x) + s.unit) * kHeads + head] = make_float2(total.max, total.sum);
     }
@@ -84,11 +79,11 @@ __device__ void finish(const EstimateScoresParams& p, const Segment& s,
     unsigned before = 0;
     if (lane == 0) before = atomicAdd(arrived, 1u);
     before = __shfl_sync(0xffffffffu, before, 0);
-    if (before + 1 != unsigned(s.blocks)) return;
+    if (before + 1 != unsigned(blocks)) return;
     __threadfence();
     if (lane == 0) *arrived = 0;
     total = Softmax();
-    for (int i = lane / kHeads; i < s.blocks; i += 32 / kHeads) {
+    for (int i = lane / kHeads; i < blocks; i += 32 / kHeads) {
       const float2 part = __ldcg(partials + (unit_slot + i) * kHeads + head);
       total.merge(part.x, part.y);
     }
@@ -119,15 +114,14 @@ __global__ void __launch_bounds__(kWarps<D> * 32, kBlocksPerSm)
   }
   __syncthreads();
   if (blockIdx.x >= schedule.blocks) return;
-  const int items = int(schedule.begin(blockIdx.x + 1) - schedule.begin(blockIdx.x));
-  for (int done = 0; done < items;) {
+  const int stop = schedule.begin(blockIdx.x + 1);
+  for (int at = schedule.begin(blockIdx.x); at < stop;) {
     if (warp == 0) {
-      const int64_t begin = schedule.begin(blockIdx.x);
-      const Segment next = schedule.segment(p, begin + done, begin + items);
+      const Segment next = schedule.segment(p, at, stop);
       if (lane == 0) s = next;
     }
     __syncthreads();
-    done += s.end - s.begin;
+    at += s.end - s.begin;
     const int first = s.begin + warp;
     ListWarp<D, kPerToken> pages(p, schedule, s, ring, first, kWarps<D>, lane);
     pages.start();
@@ -145,7 +139,7 @@ __global__ void __launch_bounds__(kWarps<D> * 32, kBlocksPerSm)
       if (lane < 4) parts[warp][lane * 2 + i] = make_float2(state[i].max, state[i].sum);
     }
     __syncthreads();
-    if (warp == 0) finish<kWarps<D>>(p, s, parts, lane);
+    if (warp == 0) finish<kWarps<D>>(p, schedule, s, parts, lane);
   }
 }
 
@@ -175,9 +169,11 @@ bool aligned(const void* at, int64_t bytes) {
 
 }  // namespace
 
+// Partials from the front, counts of arrivals from the back: steps of fewer rows, which use less of
+// both, never put the one where the other is.
 int64_t estimate_scores_workspace(int num_rows, int num_kv_heads, int group) {
-  const int units = units_of(num_rows, num_kv_heads, group);
-  return counts_of(units) + (int64_t(kMostBlocks) + units) * kHeads * 2;
+  const int64_t units = int64_t(num_rows) * num_kv_heads * ceil_div(group, kHeads);
+  return (kMostBlocks + units) * kHeads * 2 + units;
 }
 
 cudaError_t launch_estimate_scores(EstimateScoresParams p, cudaStream_t stream) {

@@ -43,14 +43,15 @@ struct EstimateScoresParams {
   float* scores;        // [N, Hq, C]
   float* lse;           // [N, Hq]
   float* errors;        // [N, Hq, P], or null
-  unsigned* workspace;  // [estimate_scores_workspace(...)]: zero before the first launch; the
-                        // counts that it begins with are left zero. 8-byte aligned
+  unsigned* workspace;  // [workspace_size], zero before the first launch; 8-byte aligned
+  int64_t workspace_size;
 
   bool vector_codes;   // set by the launcher: codes of a page and head lie at multiples of 16 bytes
   bool vector_scores;  // likewise: scores of every fourth token of a page do
 };
 
-// Elements of the workspace.
+// Elements that the workspace has at least. One that is larger serves steps of more rows too; the
+// counts in it are left zero.
 int64_t estimate_scores_workspace(int num_rows, int num_kv_heads, int group);
 
 cudaError_t launch_estimate_scores(EstimateScoresParams params, cudaStream_t stream);

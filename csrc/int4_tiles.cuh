@@ -75,13 +75,13 @@ __device__ __forceinline__ uint32_t one_and_nibbles(uint32_t x) {
   return y;
 }
 
-// Two rows of D fp16 at `rows`: calls use(e, row0, row1) for each of lane j's channels, e its place
-// in the lane's order.
-template <int D, typename Use>
+// Two rows of D fp16 at `rows`: calls use(e, row0, row1) for each of lane j's channels of its first
+// kRegs registers, e its place in the lane's order.
+template <int D, int kRegs = Lanes<D>::kRegs, typename Use>
 __device__ __forceinline__ void for_channels(const uint16_t* rows, int j, Use use) {
   using L = Lanes<D>;
 #pragma unroll
-  for (int w = 0; w < L::kRegs; ++w) {
+  for (int w = 0; w < kRegs; ++w) {
     const int channel = 2 * L::byte(w, j);
     const bool half_word = L::kHalf && w == L::kWords;
     uint4 a{}, b{};
@@ -109,14 +109,14 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// The channels of q that lane j of head h multiplies, in A's order, from shared memory: four
-// channels of all lanes, then the next four.
-template <int D>
-__device__ __forceinline__ void load_query(const float* q, int h, int j,
-                                           float (&values)[Lanes<D>::kChannels]) {
+// Channels of q that lane j of head h multiplies, in A's order, from shared memory: four channels
+// of all lanes, then the next four. The first kCount, or those after as many.
+template <int kCount>
+__device__ __forceinline__ void load_query(const float* q, int h, int j, float (&values)[kCount],
+                                           int part = 0) {
 #pragma unroll
-  for (int i = 0; i < Lanes<D>::kChannels / 4; ++i) {
-    const float4 v = reinterpret_cast<const float4*>(q)[i * 32 + h * 4 + j];
+  for (int i = 0; i < kCount / 4; ++i) {
+    const float4 v = reinterpret_cast<const float4*>(q)[(part * (kCount / 4) + i) * 32 + h * 4 + j];
     values[4 * i] = v.x, values[4 * i + 1] = v.y, values[4 * i + 2] = v.z, values[4 * i + 3] = v.w;
   }
 }
@@ -128,10 +128,12 @@ struct Folded {
   static constexpr int kPairs = L::kChannels / 2;
   uint32_t hi[kPairs], lo[kPairs];
 
-  // Pair i of register w holds the codes i and i + 4 of a word, i and i + 2 of a half word.
-  __device__ void set(const float (&values)[L::kChannels]) {
+  // From the lane's channels, or the first kCount of them. Pair i of register w holds the codes i
+  // and i + 4 of a word, i and i + 2 of a half word.
+  template <int kCount>
+  __device__ void set(const float (&values)[kCount]) {
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
+    for (int pair = 0; pair < kCount / 2; ++pair) {
       const bool half_word = L::kHalf && pair >= L::kWords * 4;
       const int e = pair / 4 * 8 + pair % 4;
       const float x = values[e], y = values[e + (half_word ? 2 : 4)];
@@ -140,6 +142,15 @@ struct Folded {
       const __nv_bfloat162 low = __floats2bfloat162_rn(x - rounded.x, y - rounded.y);
       hi[pair] = *reinterpret_cast<const uint32_t*>(&high);
       lo[pair] = *reinterpret_cast<const uint32_t*>(&low);
+    }
+  }
+
+  // Takes the second half of the channels from the lane 16 further on, whose first half it is.
+  __device__ void join() {
+#pragma unroll
+    for (int pair = 0; pair < kPairs / 2; ++pair) {
+      hi[pair + kPairs / 2] = __shfl_down_sync(0xffffffffu, hi[pair], 16);
+      lo[pair + kPairs / 2] = __shfl_down_sync(0xffffffffu, lo[pair], 16);
     }
   }
 

@@ -215,6 +215,7 @@ def estimate_scores(
     lse: int,
     errors: int,
     workspace: int,
+    workspace_size: int,
     num_rows: int,
     num_kv_heads: int,
     group: int,

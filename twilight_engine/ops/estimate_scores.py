@@ -131,6 +131,7 @@ def _launch(
         lse=launch.ptr(lse),
         errors=launch.ptr(errors),
         workspace=launch.ptr(workspace),
+        workspace_size=workspace.numel(),
         num_rows=num_rows,
         num_kv_heads=windows.num_kv_heads,
         group=num_q_heads // windows.num_kv_heads,
