@@ -97,7 +97,7 @@ def run(
     want = reference(q, want_windows, *args[2:], softmax_scale=0.2, counters=want_counters)
     compare(out, want[0])
     compare(lse, want[1])
-    assert torch.equal(windows.rows, want_windows.rows)
+    assert torch.equal(windows.rows.view(torch.uint8), want_windows.rows.view(torch.uint8))
     if device.type == "cuda":  # each tile of 8 query heads reads the rows
         want_counters *= -(-case.group // 8)
     assert torch.equal(counters, want_counters)
