@@ -174,8 +174,8 @@ def time_ops(
 ) -> OpTimes:
     """Time the ops of step `at`, with the hot rows that the steps before it left.
 
-    The L2 is cold before each run, and the translations before what reads host memory; the workload is taken back
-    to the prompt.
+    The L2 is cold before each run, and the translations before what reads host memory; the workload
+    is taken back to the prompt.
     """
     run = StepRun(workload, machine, decode)
     run.run(at, stop=at)

@@ -221,7 +221,7 @@ def breakdown(setting: Setting) -> None:
         print_table(
             f"breakdown at {tokens} tokens, batch {batch} (HBM {rates.hbm_gbps:.0f} GB/s, link "
             f"{rates.link_gbps:.1f} GB/s, {rates.granules_per_s / 1e6:.0f} M translations/s; "
-            f"fetch: by a gather alone, cold, {found.ops.fetch_warm_us:.1f} us with warm translations)",
+            f"fetch: a gather alone, cold; {found.ops.fetch_warm_us:.1f} us warm)",
             ("op", "us", "p10-p90", "MB", "GB/s", "own floor", "of floor"),
             table,
         )
