@@ -189,13 +189,13 @@ __device__ inline uint64_t whole_units(float value, bool by_count) {
 }
 
 // What a bin's parts add up to: a count, or the mass of mantissas at the exponent of `bits`.
-__device__ inline float sum_of_bin(uint64_t parts, const Target& target, int bits, int drop) {
-  if (target.by_count) return float(parts);
+__device__ inline float sum_of_bin(uint64_t parts, bool by_count, int bits, int drop) {
+  if (by_count || parts == 0) return float(parts);
   const int exponent = max(bits >> 23, 1);  // 0 counts like 1
   return ldexpf(float(parts), exponent - 150 + drop);
 }
 
-// Hands this block's histograms to the cluster and clears them.
+// Hands this block's histograms to the cluster and clears them. one: a histogram of both targets.
 __device__ inline void publish(SelectShared& shared, Sums (&sums)[2], int pass, bool one,
                                int drop) {
   const Target(&targets)[2] = shared.targets;
@@ -204,22 +204,27 @@ __device__ inline void publish(SelectShared& shared, Sums (&sums)[2], int pass, 
     const uint4 parts = shared.histogram[bin];
     shared.histogram[bin] = make_uint4(0, 0, 0, 0);
     const uint64_t halves[2] = {uint64_t(parts.x) + parts.y, uint64_t(parts.z) + parts.w};
+    if (one) {
+      const int bits = bin << shift_of(pass);
+      sums[0].fine[bin] = sum_of_bin(halves[0] + halves[1], false, bits, drop);
+      continue;
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (one ? i > 0 : !targets[i].open) continue;
+      if (!targets[i].open) continue;
       const int bits = (targets[i].least << kBinBits | bin) << shift_of(pass);
-      const uint64_t all = one ? halves[0] + halves[1] : halves[i];
-      sums[i].fine[bin] = all == 0 ? 0.f : sum_of_bin(all, targets[i], bits, drop);
+      sums[i].fine[bin] = sum_of_bin(halves[i], targets[i].by_count, bits, drop);
     }
   }
   __syncthreads();
   constexpr int kShare = kThreads / 2 / kGroups;  // threads a group of bins and target
   const int i = threadIdx.x / (kThreads / 2), group = threadIdx.x / kShare % kGroups;
   if (one ? i > 0 : !targets[i].open) return;
-  const float* fine = sums[i].fine + 32 * group + 4 * (threadIdx.x % kShare);
+  const bool by_count = !one && targets[i].by_count;
+  const float* fine = sums[i].fine + 32 * group + 32 / kShare * (threadIdx.x % kShare);
   uint64_t sum = 0;
 #pragma unroll
-  for (int j = 0; j < 32 / kShare; ++j) sum += whole_units(fine[j], targets[i].by_count);
+  for (int j = 0; j < 32 / kShare; ++j) sum += whole_units(fine[j], by_count);
 #pragma unroll
   for (int mask = 1; mask < kShare; mask *= 2) sum += __shfl_xor_sync(kAllLanes, sum, mask);
   if (threadIdx.x % kShare == 0) sums[i].coarse[group] = sum;
@@ -329,9 +334,10 @@ __device__ inline void select(const Run& run, int rule, SelectState& state, cons
     }
     publish(shared, sums, pass, one, state.drop);
     if (pass == 0 && warp == kWarps - 1) {
-      const Masses none{};
-      const Masses all = (lane < kWarps ? shared.warp_masses[lane] : none).over_warp();
-      if (lane == 0) shared.masses[rule & 1] = all;
+      Masses masses{};
+      if (lane < kWarps) masses = shared.warp_masses[lane];
+      masses = masses.over_warp();
+      if (lane == 0) shared.masses[rule & 1] = masses;
     }
     ranks.sync();
     if (warp < 2 && targets[warp].open) {

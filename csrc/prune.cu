@@ -19,6 +19,7 @@
 #include "csrc/common.cuh"
 #include "csrc/dependent_launch.cuh"
 #include "csrc/prune.h"
+#include "csrc/prune_lists.cuh"
 #include "csrc/prune_weights.cuh"
 
 namespace twilight {
@@ -29,23 +30,6 @@ constexpr int kPortableRanks = 8;     // that every device with clusters can sch
 constexpr int kTokensPerRank = 2048;  // a tile a warp; fewer are not worth another block
 constexpr int kBlocksWanted = 264;    // two a multiprocessor of an H100; beyond, smaller clusters
 constexpr bool kSpread = true;        // a grid of fewer blocks than multiprocessors: one on each
-
-// Counts and exact mass of tokens.
-struct Tally {
-  int exact, index;
-  float mass;
-
-  __device__ Tally over_warp() const {
-    return {__reduce_add_sync(kAllLanes, exact), __reduce_add_sync(kAllLanes, index),
-            warp_sum(mass)};
-  }
-};
-
-// Where the blocks of a cluster and a block's warps read each other's tallies.
-struct Tallies {
-  Tally warps[kWarps];
-  Tally block;
-};
 
 struct Shared {
   SelectShared select;
@@ -66,27 +50,6 @@ __device__ void grade_all(const Share& s, const PruneParams& p, int lane) {
     }
     s.grades[t] = grade;
   }
-}
-
-// The sum of the warps' tallies in front of this one, in this block and the ones before.
-__device__ Tally tally_in_front(const Tally& of_lane, Tallies& tallies, const Ranks& ranks) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Tally none{}, mine = of_lane.over_warp();
-  if (lane == 0) tallies.warps[warp] = mine;
-  __syncthreads();
-  const Tally other = lane < kWarps ? tallies.warps[lane] : none;
-  if (warp == 0) {
-    const Tally all = other.over_warp();
-    if (lane == 0) tallies.block = all;
-  }
-  ranks.sync();
-  Tally before = lane < warp ? other : none;
-  if (lane < ranks.rank()) {
-    const Tally* block = ranks.of(&tallies.block, lane);
-    before.exact += block->exact;
-    before.index += block->index;
-  }
-  return before.over_warp();
 }
 
 // Raises the grades of the tokens at or above the thresholds.
@@ -130,128 +93,6 @@ __device__ void expand(const Share& s, int page_size, int lane) {
   }
 }
 
-// What becomes of a lane's four tokens of a tile: a bit each where it is listed, a byte of grades.
-struct Marks {
-  unsigned exact = 0, index = 0, grades = 0;
-  float mass = 0.0f;  // of the listed exact ones
-
-  // By their weights.
-  __device__ Marks(const float4& weights, const int (&least)[2]) {
-    const float w[4] = {weights.x, weights.y, weights.z, weights.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int bits = __float_as_int(w[i]);
-      const bool is_exact = bits >= least[kExactTarget];
-      const bool is_index = !is_exact && bits >= least[kIndexTarget];
-      exact |= unsigned(is_exact) << i;
-      index |= unsigned(is_index) << i;
-      const unsigned grade = is_exact || bits < 0 ? kGradeExact
-                             : is_index           ? kGradeIndex
-                                                  : kGradeTail;
-      grades |= grade << (8 * i);
-      mass += is_exact ? w[i] : 0.0f;
-    }
-  }
-  // By their grades in memory.
-  __device__ Marks(const Share& s, int t) {
-    for (int i = 0; i < 4; ++i) {
-      if (!s.run.holds(t + i) || !s.lists(t + i)) continue;
-      const int grade = s.grades[t + i];
-      exact |= unsigned(grade == kGradeExact) << i;
-      index |= unsigned(grade == kGradeIndex) << i;
-    }
-  }
-};
-
-template <bool kPlain>
-__device__ __forceinline__ Marks marks_of(const Share& s, const int (&least)[2], int tile) {
-  if constexpr (kPlain) return Marks(s.run.load(tile), least);
-  return Marks(s, s.run.token(tile));
-}
-
-// What a lane's tokens add to the lists, and the exact mass of them all: of the weights, or of the
-// heads' mean where a set need not have been chosen by it.
-template <bool kPlain>
-__device__ Tally tally_lane(const Share& s, const PruneParams& p, const int (&least)[2],
-                            float resident) {
-  Tally mine{};
-  if (kPlain) mine.mass = resident;
-  for (int tile = 0; tile < s.run.tiles; ++tile) {
-    const Marks marks = marks_of<kPlain>(s, least, tile);
-    mine.exact += __popc(marks.exact);
-    mine.index += __popc(marks.index);
-    mine.mass += marks.mass;
-    if (kPlain) continue;
-    const int t = s.run.token(tile);
-    for (int i = 0; i < 4; ++i) {
-      if (!s.run.holds(t + i)) continue;
-      if (!s.lists(t + i) || (marks.exact >> i & 1)) mine.mass += mean_weight(s, p, t + i);
-    }
-  }
-  return mine;
-}
-
-// Appends a warp's chosen tokens to a list; returns the place behind them.
-__device__ __forceinline__ int append(int* list, int place, int t, unsigned chosen) {
-  if (!__any_sync(kAllLanes, chosen != 0)) return place;
-  const unsigned below = (1u << threadIdx.x % 32) - 1;
-  int mine = place;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const unsigned lanes = __ballot_sync(kAllLanes, chosen >> i & 1);
-    mine += __popc(lanes & below);
-    place += __popc(lanes);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (chosen >> i & 1) list[mine++] = t + i;
-  }
-  return place;
-}
-
-__device__ __forceinline__ void store_grades(const Share& s, int t, unsigned grades) {
-  uint8_t* to = s.grades + t;
-  if (s.run.holds(t) && s.run.holds(t + 3) && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
-    *reinterpret_cast<unsigned*>(to) = grades;
-    return;
-  }
-  for (int i = 0; i < 4; ++i) {
-    if (s.run.holds(t + i)) to[i] = grades >> (8 * i) & 255;
-  }
-}
-
-// Writes the lists, counts and mass, and in the plain case the grades.
-template <bool kPlain>
-__device__ void write_lists(const Share& s, const PruneParams& p, float resident,
-                            const Ranks& ranks, Shared& shared) {
-  const int least[2] = {shared.select.targets[kExactTarget].least,
-                        shared.select.targets[kIndexTarget].least};
-  const Tally mine = tally_lane<kPlain>(s, p, least, resident);
-  Tally place = tally_in_front(mine, shared.lists, ranks);
-  if (ranks.rank() == 0 && threadIdx.x < 32) {
-    const Tally none{};
-    const int lane = threadIdx.x;
-    const Tally all =
-        (lane < ranks.count() ? *ranks.of(&shared.lists.block, lane) : none).over_warp();
-    if (lane == 0) {
-      p.exact_counts[s.row] = all.exact;
-      p.index_counts[s.row] = all.index;
-      p.mass[s.row] = all.mass;
-    }
-  }
-  ranks.arrive();  // this block has read the others'
-  int* exact = p.exact_tokens + s.row * p.exact_capacity;
-  int* index = p.index_tokens + s.row * p.index_capacity;
-  for (int tile = 0; tile < s.run.tiles; ++tile) {
-    const Marks marks = marks_of<kPlain>(s, least, tile);
-    const int t = s.run.token(tile);
-    if (kPlain) store_grades(s, t, marks.grades);
-    place.exact = append(exact, place.exact, t, marks.exact);
-    place.index = append(index, place.index, t, marks.index);
-  }
-  ranks.wait();  // no block leaves while another reads its shared memory
-}
-
 // A rule's targets before anything is known of the weights.
 __device__ void set_targets(const Share& s, const PruneParams& p, Target (&targets)[2]) {
   if (threadIdx.x >= 2) return;
@@ -273,7 +114,7 @@ __device__ void set_targets(const Share& s, const PruneParams& p, Target (&targe
   targets[threadIdx.x] = target;
 }
 
-template <int kTiles, int kHeads, bool kPlain>
+template <int kTiles, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 2)
     prune_kernel(const PruneParams p, const int kept_tiles) {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -290,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   LaneMasses masses;
   for (int rule = 0; rule < (!kPlain && p.unite ? p.group : 1); ++rule) {
     const int end = !kPlain && p.unite ? rule + 1 : p.group;
-    Batch<kHeads, kPlain> batches[kTiles];
+    Batch<kPlain> batches[kTiles];
 #pragma unroll
     for (int u = 0; u < kTiles; ++u) batches[u].load(s, p, s.run.token(u), rule, end);
     for (int h = threadIdx.x; h < p.group; h += kThreads) lses[h] = __ldcg(s.lse + h);
@@ -306,13 +147,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (!kPlain && p.expand_pages) expand(s, p.page_size, lane);
   if (!kPlain) __syncwarp();  // grades are read by other lanes than those that wrote them
-  write_lists<kPlain>(s, p, masses.resident, ranks, shared);
+  write_lists<kPlain>(s, p, shared.select.targets, masses.resident, ranks, shared.lists);
 }
-
-// Blocks of a cluster, tiles that a warp keeps in shared memory, and a block's bytes of it.
-struct Plan {
-  int ranks, kept_tiles, bytes;
-};
 
 int attribute(cudaDeviceAttr name) {
   int device = 0, value = 0;
@@ -329,10 +165,9 @@ int tiles_of_run(const PruneParams& p, int ranks) {
   return (tokens + kTile - 1) / kTile;
 }
 
-// Clusters of kMostRanks blocks that the device runs at once with a multiprocessor for each block.
+// Clusters of kMostRanks blocks that the device runs at once, of `bytes` of shared memory a block.
 template <typename Kernel>
-int clusters_of_most(Kernel kernel, int bytes) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+int clusters_at_once(Kernel kernel, int bytes) {
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {kMostRanks, 1, 1};
@@ -348,41 +183,42 @@ int clusters_of_most(Kernel kernel, int bytes) {
   return 0;
 }
 
-template <typename Kernel>
-Plan plan_of(const PruneParams& p, Kernel kernel, int most_bytes) {
-  const int reserved = attribute(cudaDevAttrReservedSharedMemoryPerBlock);
-  const int half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - reserved;
-  const int rows = p.num_rows * p.num_kv_heads;
-  const int fixed = kSharedBytes + p.group * int(sizeof(float));
-  const auto bytes_of = [&](int ranks) {
-    return fixed + int64_t(tiles_of_run(p, ranks)) * kBytesPerTile;
-  };
-  int limit = 1;
-  if (attribute(cudaDevAttrClusterLaunch)) {
-    static const int most = clusters_of_most(kernel, most_bytes);
-    limit = rows <= most ? kMostRanks : kPortableRanks;
-  }
-  int ranks = 1;
-  while (ranks < limit && ranks * kTokensPerRank < p.max_len &&
-         (2 * ranks * rows <= kBlocksWanted || bytes_of(ranks) > half)) {
-    ranks *= 2;
-  }
-  const int kept = min(tiles_of_run(p, ranks), (most_bytes - fixed) / kBytesPerTile);
-  int bytes = fixed + kept * kBytesPerTile;
-  if (kSpread && rows * ranks <= attribute(cudaDevAttrMultiProcessorCount)) {
-    bytes = max(bytes, min(half + 1, most_bytes));
-  }
-  return {ranks, kept, bytes};
-}
+// Blocks of a cluster, tiles that a warp keeps in shared memory, and a block's bytes of it.
+struct Plan {
+  int ranks, kept_tiles, bytes;
 
-template <int kTiles, int kHeads, bool kPlain>
+  Plan(const PruneParams& p, int most_ranks, int most_bytes) : ranks(1) {
+    const int half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
+                     attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+    const int rows = p.num_rows * p.num_kv_heads;
+    const int fixed = kSharedBytes + p.group * int(sizeof(float));
+    while (ranks < most_ranks && ranks * kTokensPerRank < p.max_len &&
+           (2 * ranks * rows <= kBlocksWanted ||
+            fixed + int64_t(tiles_of_run(p, ranks)) * kBytesPerTile > half)) {
+      ranks *= 2;
+    }
+    kept_tiles = min(tiles_of_run(p, ranks), (most_bytes - fixed) / kBytesPerTile);
+    bytes = fixed + kept_tiles * kBytesPerTile;
+    if (kSpread && rows * ranks <= attribute(cudaDevAttrMultiProcessorCount)) {
+      bytes = max(bytes, min(half + 1, most_bytes));
+    }
+  }
+};
+
+template <int kTiles, bool kPlain>
 cudaError_t launch(const PruneParams& p, cudaStream_t stream) {
-  const auto kernel = prune_kernel<kTiles, kHeads, kPlain>;
+  const auto kernel = prune_kernel<kTiles, kPlain>;
   const int most_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const cudaError_t status =
+  cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
+  int most_ranks = 1;
+  if (status == cudaSuccess && attribute(cudaDevAttrClusterLaunch)) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    static const int at_once = clusters_at_once(kernel, most_bytes);
+    most_ranks = p.num_rows * p.num_kv_heads <= at_once ? kMostRanks : kPortableRanks;
+  }
   if (status != cudaSuccess) return status;
-  const Plan plan = plan_of(p, kernel, most_bytes);
+  const Plan plan(p, most_ranks, most_bytes);
   return launch_dependent(kernel, dim3(p.num_rows * p.num_kv_heads * plan.ranks), dim3(kThreads),
                           plan.bytes, stream, plan.ranks, p, plan.kept_tiles);
 }
@@ -396,8 +232,8 @@ cudaError_t launch_prune(const PruneParams& p, cudaStream_t stream) {
   const bool one_error = p.errors == nullptr || p.page_size % 4 == 0;  // for a lane's four tokens
   const bool plain = vectors && one_error && (!p.unite || p.group == 1) && p.top_k == nullptr &&
                      p.candidates == nullptr && !p.expand_pages;
-  if (!plain) return launch<1, 4, false>(p, stream);
-  return p.group <= 4 ? launch<2, 4, true>(p, stream) : launch<1, 8, true>(p, stream);
+  if (!plain) return launch<1, false>(p, stream);
+  return p.group <= kHeads ? launch<2, true>(p, stream) : launch<1, true>(p, stream);
 }
 
 }  // namespace twilight

@@ -7,10 +7,12 @@
 
 namespace twilight {
 
+constexpr int kHeads = 4;  // whose scores for a tile are on their way together
+
 // This block's and warp's share of a query row and KV head.
 struct Share {
-  int n, kv_head, seq;
-  int64_t row;      // n * Hkv + kv_head
+  int64_t row;  // n * Hkv + the KV head
+  int seq;
   int start, stop;  // visible tokens of the row
   int first;        // of its list tokens; they end at list_end()
   int window;       // where the sequence's resident window starts
@@ -22,9 +24,8 @@ struct Share {
   uint8_t* grades;
 
   __device__ Share(const PruneParams& p, const Ranks& ranks, float* tiles, int kept_tiles) {
-    row = blockIdx.x / ranks.count();
-    n = row / p.num_kv_heads;
-    kv_head = row % p.num_kv_heads;
+    const int of_heads = blockIdx.x / ranks.count(), n = of_heads / p.num_kv_heads;
+    row = of_heads;
     seq = p.query_seq[n];
     start = p.ctx_starts[n];
     stop = max(start, p.positions[n] + 1);
@@ -82,7 +83,7 @@ __device__ inline bool is_candidate(const Share& s, const PruneParams& p, int t)
 }
 
 // Scores of kHeads heads for a lane's four tokens of a tile, on their way.
-template <int kHeads, bool kPlain>
+template <bool kPlain>
 struct Batch {
   float4 scores[kHeads];
 
@@ -111,10 +112,9 @@ struct TokenSums {
   float errors[4] = {0.f, 0.f, 0.f, 0.f};  // of the weights
 
   // Adds a batch's heads, from `head` on.
-  template <int kHeads, bool kPlain>
+  template <bool kPlain>
   __device__ __forceinline__ void add(const Share& s, const PruneParams& p, const float* lses,
-                                      int t, int head, int head_end,
-                                      const Batch<kHeads, kPlain>& batch) {
+                                      int t, int head, int head_end, const Batch<kPlain>& batch) {
     float page_errors[kHeads];  // on their way while the weights are computed
     const float* from = s.errors + int64_t(head) * p.num_pages;
     if (kPlain && s.errors != nullptr && t < s.run.end) {
@@ -193,11 +193,11 @@ __device__ __forceinline__ void keep_weights(const Share& s, const PruneParams& 
 // The pass over the scores of heads [head_begin, head_end), whose weights' mean it takes: leaves
 // the weights in the run and in the first histograms. kTiles tiles of kHeads heads, all there are
 // if kTiles > 1, are on their way at once; `batches` holds the first. `lses`: shared memory.
-template <int kTiles, int kHeads, bool kPlain>
+template <int kTiles, bool kPlain>
 __device__ __forceinline__ LaneMasses take_weights(const Share& s, const PruneParams& p,
-                                                   Batch<kHeads, kPlain> (&batches)[kTiles],
-                                                   int head_begin, int head_end, int drop,
-                                                   const float* lses, SelectShared& shared) {
+                                                   Batch<kPlain> (&batches)[kTiles], int head_begin,
+                                                   int head_end, int drop, const float* lses,
+                                                   SelectShared& shared) {
   const float share = 1.0f / (head_end - head_begin);
   LaneMasses masses;
 #pragma unroll 1
