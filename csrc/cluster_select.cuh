@@ -19,8 +19,9 @@
 
 namespace twilight {
 
-constexpr int kThreads = 512;  // two blocks a multiprocessor, of 64 registers a thread
-constexpr int kWarps = kThreads / 32;
+constexpr int kLogWarps = 4;
+constexpr int kWarps = 1 << kLogWarps;
+constexpr int kThreads = 32 * kWarps;  // two blocks a multiprocessor, of 64 registers a thread
 constexpr int kBins = 1024;
 constexpr int kBinBits = 10;
 constexpr int kPasses = 3;             // 30 bits: those of a float in [0, 1]
@@ -36,7 +37,8 @@ constexpr int kExactTarget = 0;
 constexpr int kIndexTarget = 1;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The blocks that share a (query row, KV head): one before sm_90, which has no clusters.
+// The blocks that share a (query row, KV head), a power of two: one before sm_90, which has no
+// clusters.
 struct Ranks {
 #if __CUDA_ARCH__ >= 900
   __device__ int rank() const { return cooperative_groups::this_cluster().block_rank(); }
@@ -44,6 +46,7 @@ struct Ranks {
   __device__ void sync() const { cooperative_groups::this_cluster().sync(); }
   __device__ void arrive() const { cooperative_groups::this_cluster().barrier_arrive(); }
   __device__ void wait() const { cooperative_groups::this_cluster().barrier_wait(); }
+  __device__ int log_count() const { return __ffs(count()) - 1; }
   template <typename T>
   __device__ const T* of(const T* shared, int r) const {
     return cooperative_groups::this_cluster().map_shared_rank(const_cast<T*>(shared), r);
@@ -51,6 +54,7 @@ struct Ranks {
 #else
   __device__ int rank() const { return 0; }
   __device__ int count() const { return 1; }
+  __device__ int log_count() const { return 0; }
   __device__ void sync() const { __syncthreads(); }
   __device__ void arrive() const {}
   __device__ void wait() const {}
@@ -286,7 +290,7 @@ __device__ inline void narrow(Target& target, int pass, const Sums& sums, const 
 // A mass with its margin: half the weights lie on either side of a set's edge at worst, so an error
 // of the weights moves a set of mass p by sqrt(p * (1 - p)) of it.
 __device__ inline double with_margin(double p, double variance) {
-  return fmax(p, fmin(kMostMass, p + sqrt(p * (1.0 - p) * variance)));
+  return fmax(p, fmin(kMostMass, p + sqrtf(float(p * (1.0 - p) * variance))));
 }
 
 // Run by one warp: what a mass target wants beyond the resident tokens, or that it wants nothing.

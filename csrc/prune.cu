@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   let_next_start();
   wait_for_inputs();
   const Ranks ranks;
-  const Share s(p, ranks, tiles, kept_tiles);
+  // Whole pages where one exact token makes its page exact.
+  const Share s(p, ranks, !kPlain && p.expand_pages ? p.page_size : kTile, tiles, kept_tiles);
   const int lane = threadIdx.x % 32;
   SelectState state{bits_to_drop(s.tokens), 0};
   LaneMasses masses;
@@ -134,6 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     Batch<kPlain> batches[kTiles];
 #pragma unroll
     for (int u = 0; u < kTiles; ++u) batches[u].load(s, p, s.run.token(u), rule, end);
+#pragma unroll 1
     for (int h = threadIdx.x; h < p.group; h += kThreads) lses[h] = __ldcg(s.lse + h);
     set_targets(s, p, shared.select.targets);
     if (!kPlain && rule == 0) grade_all(s, p, lane);

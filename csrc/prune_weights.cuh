@@ -23,8 +23,10 @@ struct Share {
   const float* errors;  // null without a margin
   uint8_t* grades;
 
-  __device__ Share(const PruneParams& p, const Ranks& ranks, float* tiles, int kept_tiles) {
-    const int of_heads = blockIdx.x / ranks.count(), n = of_heads / p.num_kv_heads;
+  // unit: tokens that are dealt out to a warp together.
+  __device__ __forceinline__ Share(const PruneParams& p, const Ranks& ranks, unsigned unit,
+                                   float* tiles, int kept_tiles) {
+    const int of_heads = blockIdx.x >> ranks.log_count(), n = of_heads / p.num_kv_heads;
     row = of_heads;
     seq = p.query_seq[n];
     start = p.ctx_starts[n];
@@ -33,7 +35,7 @@ struct Share {
     lse = p.lse + row * p.group;
     errors = p.errors == nullptr ? nullptr : p.errors + row * p.group * p.num_pages;
     grades = p.grades + row * p.grades_capacity;
-    deal(p, ranks, tiles, kept_tiles);
+    deal(p, ranks, unit, tiles, kept_tiles);
     first = min(max(start, p.num_sink), stop);
     window = p.window_starts[seq];
   }
@@ -41,19 +43,18 @@ struct Share {
   __device__ bool lists(int t) const { return t >= first && t < list_end(); }
 
  private:
-  // Deals the row's tokens out to the cluster's warps: tiles, or whole pages where one exact token
-  // makes its page exact.
-  __device__ void deal(const PruneParams& p, const Ranks& ranks, float* tiles, int kept_tiles) {
-    const unsigned unit = p.expand_pages ? p.page_size : kTile;
+  // Deals the row's tokens out to the cluster's warps.
+  __device__ __forceinline__ void deal(const PruneParams& p, const Ranks& ranks, unsigned unit,
+                                       float* tiles, int kept_tiles) {
     const unsigned from = start / unit;
     const unsigned units = (stop + unit - 1) / unit - from;
-    const unsigned warps = ranks.count() * kWarps, in_block = threadIdx.x / 32;
-    const unsigned warp = ranks.rank() * kWarps + in_block;
-    run.begin = min(stop, max(start, int((from + warp * units / warps) * unit)));
-    run.end = min(stop, max(start, int((from + (warp + 1) * units / warps) * unit)));
+    const unsigned in_block = threadIdx.x / 32, warp = ranks.rank() * kWarps + in_block;
+    const unsigned log_warps = ranks.log_count() + kLogWarps, warps = 1u << log_warps;
+    run.begin = min(stop, max(start, int((from + (warp * units >> log_warps)) * unit)));
+    run.end = min(stop, max(start, int((from + ((warp + 1) * units >> log_warps)) * unit)));
     run.origin = run.begin / 4 * 4;
     run.tiles = (run.end - run.origin + kTile - 1) / kTile;
-    const int most = (units + warps - 1) / warps * unit;  // tokens of a warp
+    const int most = (units + warps - 1 >> log_warps) * unit;  // tokens of a warp
     tokens = min(stop - start, kWarps * (most / 2 + 4));
     run.kept_tiles = kept_tiles;
     run.kept = tiles + in_block * kept_tiles * kTile;
