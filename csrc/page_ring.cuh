@@ -1,7 +1,4 @@
 // A warp's ring of index pages in shared memory, filled by cp.async ahead of their use.
-//
-// Codes of K are read once a step: they are marked to leave the L2 first, so that what the next
-// kernel reads stays there.
 #pragma once
 
 #include <cstdint>
@@ -11,22 +8,13 @@
 namespace twilight {
 
 template <int kBytes>
-__device__ __forceinline__ void copy_async(uint32_t to, const uint8_t* from, uint64_t policy) {
+__device__ __forceinline__ void copy_async(uint32_t to, const uint8_t* from) {
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to),
-                 "l"(from), "l"(policy)
-                 : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %3, %2;" ::"r"(to),
-                 "l"(from), "l"(policy), "n"(kBytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes)
                  : "memory");
   }
-}
-
-__device__ __forceinline__ uint64_t evict_first() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
 }
 
 template <int D, int kTokens, int kStages>
@@ -40,8 +28,7 @@ class PageRing {
   __device__ PageRing(uint8_t* memory, int lane)
       : memory_(memory),
         address_(static_cast<uint32_t>(__cvta_generic_to_shared(memory))),
-        lane_(lane),
-        policy_(evict_first()) {}
+        lane_(lane) {}
 
   __device__ const uint8_t* codes(int turn) const { return memory_ + turn % kStages * kStageBytes; }
   __device__ const uint16_t* scales(int turn) const {
@@ -54,7 +41,7 @@ class PageRing {
     const int bytes = tokens * (D / 2);
     if (!vectors) {
       for (int at = lane_ * 8; at < bytes; at += 32 * 8) {
-        copy_async<8>(to + Lanes<D>::place(at), from + at, policy_);
+        copy_async<8>(to + Lanes<D>::place(at), from + at);
       }
     } else if (bytes == kCodeBytes) {
       copy_vectors<true>(to, from, bytes);
@@ -71,7 +58,7 @@ class PageRing {
 #pragma unroll
     for (int i = 0; i < ceil_div(kScaleBytes, 32 * kVector); ++i) {
       const int at = (i * 32 + lane_) * kVector;
-      if (at < bytes) copy_async<kVector>(to + at, source + at, policy_);
+      if (at < bytes) copy_async<kVector>(to + at, source + at);
     }
   }
 
@@ -95,7 +82,7 @@ class PageRing {
       const int moved = place ^ (Lanes<D>::place(i * kStep) - i * kStep);
       const bool within = kAll && kCodeBytes % kStep == 0;
       if (within || i * kStep + mine < bytes) {
-        copy_async<16>(to + i * kStep + moved, from + mine + i * kStep, policy_);
+        copy_async<16>(to + i * kStep + moved, from + mine + i * kStep);
       }
     }
   }
@@ -103,7 +90,6 @@ class PageRing {
   uint8_t* memory_;
   uint32_t address_;
   int lane_;
-  uint64_t policy_;
 };
 
 }  // namespace twilight
