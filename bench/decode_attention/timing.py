@@ -67,7 +67,8 @@ class Replay:
             return
         if not warm:
             work()
-        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream = torch.cuda.Stream(device, priority=-1)  # as an engine captures its steps
+        current = torch.cuda.current_stream(device)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph(keep_graph=countable)
         stream.wait_stream(current)

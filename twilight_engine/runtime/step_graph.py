@@ -19,7 +19,8 @@ class StepGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        # Above the lower grades, which run on a stream of their own beside the exact rows.
+        self._stream = torch.cuda.Stream(device, priority=-1)
         self._take_pool()
 
     def capture(self, step: Callable[[], Tensor]) -> StepGraph:
