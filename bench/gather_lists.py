@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twilight_engine.kv.host import HostArena
 from twilight_engine.layout import FetchLists
-from twilight_engine.ops.gather_rows import NUM_BLOCKS, TOUCH, WIDE, gather_rows
+from twilight_engine.ops.gather_rows import gather_rows
 
 LAYERS, HKV, PAGE_SIZE, HEAD_DIM = 32, 8, 64, 128
 FULL_ROW_BYTES = 4 * HEAD_DIM  # K and V in bfloat16
@@ -25,19 +25,6 @@ BULK_BYTES = 64 << 20  # a repeat moves up to so much: far above launch costs
 TRACE_SHARE, TRACE_STEP, KEPT_STEPS = 0.007, 32, 16
 REPEATS = 10
 DEVICE = torch.device("cuda")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """How gather_rows is launched."""
-
-    num_blocks: int = NUM_BLOCKS
-    touch: bool = TOUCH
-    wide: bool = WIDE
-
-    @property
-    def name(self) -> str:
-        return f"blocks{self.num_blocks}" + "-touch" * self.touch + "-wide" * self.wide
 
 
 @dataclass(frozen=True)
@@ -88,14 +75,12 @@ class Arena:
         """Rows of a (layer, head)."""
         return self.host.num_pages * PAGE_SIZE * FULL_ROW_BYTES // row_bytes
 
-    def gather(self, layer: int, fetch: FetchLists, row_bytes: int, variant: Variant) -> None:
+    def gather(self, layer: int, fetch: FetchLists, row_bytes: int, num_blocks: int) -> None:
         gather_rows(
             self.layer(layer, row_bytes),
             fetch,
             self.rows.view(-1, row_bytes // 2),
-            num_blocks=variant.num_blocks,
-            touch=variant.touch,
-            wide=variant.wide,
+            num_blocks=num_blocks,
         )
 
     def flush_l2(self) -> None:

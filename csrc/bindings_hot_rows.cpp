@@ -99,30 +99,18 @@ void bind_hot_rows(py::module_& m) {
       "gather_rows",
       [](uint64_t host_kv, uint64_t src, uint64_t dst, uint64_t counts, uint64_t rows,
          uint64_t counters, uint64_t times, int num_segments, int num_kv_heads, int fetch_capacity,
-         int64_t head_stride_bytes, int row_bytes, int num_blocks, bool touch, bool wide,
-         uint64_t stream) {
-        const twilight::GatherRowsParams p{as<char>(host_kv),
-                                           as<int>(src),
-                                           as<int>(dst),
-                                           as<int>(counts),
-                                           as<char>(rows),
-                                           as<int64_t>(counters),
-                                           as<int64_t>(times),
-                                           num_segments,
-                                           num_kv_heads,
-                                           fetch_capacity,
-                                           head_stride_bytes,
-                                           row_bytes,
-                                           num_blocks,
-                                           touch,
-                                           wide};
+         int64_t head_stride_bytes, int row_bytes, int num_blocks, uint64_t stream) {
+        const twilight::GatherRowsParams p{
+            as<char>(host_kv), as<int>(src),          as<int>(dst),       as<int>(counts),
+            as<char>(rows),    as<int64_t>(counters), as<int64_t>(times), num_segments,
+            num_kv_heads,      fetch_capacity,        head_stride_bytes,  row_bytes,
+            num_blocks};
         check(twilight::launch_gather_rows(p, as_stream(stream)), "gather_rows");
       },
       py::kw_only(), py::arg("host_kv"), py::arg("src"), py::arg("dst"), py::arg("counts"),
       py::arg("rows"), py::arg("counters"), py::arg("times"), py::arg("num_segments"),
       py::arg("num_kv_heads"), py::arg("fetch_capacity"), py::arg("head_stride_bytes"),
-      py::arg("row_bytes"), py::arg("num_blocks"), py::arg("touch"), py::arg("wide"),
-      py::arg("stream"));
+      py::arg("row_bytes"), py::arg("num_blocks"), py::arg("stream"));
 }
 
 }  // namespace twilight::bindings

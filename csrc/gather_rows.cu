@@ -8,8 +8,8 @@
 // over all blocks, one tile each, so that all of its rows are on the link at once; rows of one
 // granule of address translation (64 KB), being neighbours in the list, are asked for by one block.
 // Bytes moved: row_bytes an entry over the link (PCIe 5 x16: 51 GB/s measured; 128 warps reach it).
-// Scattered rows cost translations instead: 40-50 million new granules a second. `touch` asks for
-// all granules of a tile with one load instruction a warp before it asks for the rows.
+// Scattered rows cost translations instead: 30-50 million new granules a second. Asking for all
+// granules of a tile ahead of its rows was slower, 256-byte requests made no difference.
 // With `times` the blocks also note when the first began and the last ended, by the GPU's own
 // clock: timing events inside a CUDA graph could be read only between two replays.
 #include "csrc/block_scan.cuh"
@@ -24,7 +24,6 @@ constexpr int kThreads = 256;  // small blocks on many SMs leave room for the ke
 constexpr int kWarps = kThreads / 32;
 constexpr int kInFlight = 4;
 constexpr int kRun = 32 * kInFlight;  // vectors a warp moves at a time
-constexpr int kGranuleBits = 16;      // of an address within a granule
 
 // Where the rows of a tile come from (null: skip) and go to.
 struct Tile {
@@ -62,9 +61,9 @@ __device__ __forceinline__ int segment_of(const unsigned* ends, int num_segments
   return low;
 }
 
-// Finds the addresses of row `first + threadIdx.x` of all; returns where it comes from.
-__device__ const char* find_row(const GatherRowsParams& p, const unsigned* ends, unsigned first,
-                                unsigned rows, Tile& tile) {
+// Finds the addresses of row `first + threadIdx.x` of all; returns whether it is to be moved.
+__device__ bool find_row(const GatherRowsParams& p, const unsigned* ends, unsigned first,
+                         unsigned rows, Tile& tile) {
   const char* from = nullptr;
   if (threadIdx.x < rows) {
     const unsigned row = first + threadIdx.x;
@@ -79,28 +78,9 @@ __device__ const char* find_row(const GatherRowsParams& p, const unsigned* ends,
     }
     tile.from[threadIdx.x] = from;
   }
-  return from;
+  return from != nullptr;
 }
 
-// Reads a word of a granule that the lane below does not read from; nobody waits for it here.
-__device__ __forceinline__ int touch_granule(const char* from) {
-  const uint64_t granule = reinterpret_cast<uint64_t>(from) >> kGranuleBits;
-  const uint64_t below = __shfl_up_sync(0xffffffffu, granule, 1);
-  const bool is_new = threadIdx.x % 32 == 0 || granule != below;
-  return from != nullptr && is_new ? *reinterpret_cast<const volatile int*>(from) : 0;
-}
-
-template <bool kWide>
-__device__ __forceinline__ uint4 load_host(const char* from) {
-  if (!kWide) return __ldcs(reinterpret_cast<const uint4*>(from));
-  uint4 x;
-  asm volatile("ld.global.cs.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from));
-  return x;
-}
-
-template <bool kWide>
 __device__ void copy_tile(const Tile& tile, unsigned rows, unsigned row_vectors) {
   const unsigned num_vectors = rows * row_vectors;
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -115,7 +95,7 @@ __device__ void copy_tile(const Tile& tile, unsigned rows, unsigned row_vectors)
       to[i] = nullptr;
       if (from == nullptr) continue;
       to[i] = tile.to[row] + offset;
-      data[i] = load_host<kWide>(from + offset);
+      data[i] = __ldcs(reinterpret_cast<const uint4*>(from + offset));
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -124,7 +104,6 @@ __device__ void copy_tile(const Tile& tile, unsigned rows, unsigned row_vectors)
   }
 }
 
-template <bool kTouch, bool kWide>
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRowsParams p) {
   extern __shared__ unsigned ends[];  // [num_segments]
   __shared__ BlockScan scan;
@@ -140,12 +119,9 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRowsParams 
 
   for (unsigned first = blockIdx.x * tile_rows; first < num_rows; first += gridDim.x * tile_rows) {
     const unsigned rows = min(tile_rows, num_rows - first);
-    const char* from = find_row(p, ends, first, rows, tile);
-    moved += from != nullptr;
-    const int touched = kTouch ? touch_granule(from) : 0;
+    moved += find_row(p, ends, first, rows, tile);
     __syncthreads();
-    copy_tile<kWide>(tile, rows, p.row_bytes / 16);
-    asm volatile("" ::"r"(touched));  // keeps the register until here
+    copy_tile(tile, rows, p.row_bytes / 16);
     __syncthreads();
   }
   unsigned block_moved;
@@ -167,10 +143,8 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRowsParams 
 cudaError_t launch_gather_rows(const GatherRowsParams& p, cudaStream_t stream) {
   if (p.num_segments == 0 || p.capacity == 0) return cudaSuccess;
   const size_t shared_bytes = p.num_segments * sizeof(unsigned);
-  const auto kernel =
-      p.touch ? (p.wide ? gather_rows_kernel<true, true> : gather_rows_kernel<true, false>)
-              : (p.wide ? gather_rows_kernel<false, true> : gather_rows_kernel<false, false>);
-  return launch_dependent(kernel, dim3(p.num_blocks), dim3(kThreads), shared_bytes, stream, 1, p);
+  return launch_dependent(gather_rows_kernel, dim3(p.num_blocks), dim3(kThreads), shared_bytes,
+                          stream, 1, p);
 }
 
 }  // namespace twilight

@@ -20,8 +20,6 @@ struct GatherRowsParams {
   int64_t head_stride_bytes;  // from one KV head's rows to the next's; a multiple of 16
   int row_bytes;              // a multiple of 16
   int num_blocks;
-  bool touch;  // read a word of every granule ahead of its rows
-  bool wide;   // ask for 256 bytes at a time
 };
 
 cudaError_t launch_gather_rows(const GatherRowsParams& p, cudaStream_t stream);

@@ -438,7 +438,5 @@ def gather_rows(
     head_stride_bytes: int,
     row_bytes: int,
     num_blocks: int,
-    touch: bool,
-    wide: bool,
     stream: int,
 ) -> None: ...

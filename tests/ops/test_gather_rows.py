@@ -71,15 +71,10 @@ def test_matches_reference(
 
 @pytest.mark.parametrize("num_blocks", [1, 3, 64])
 @pytest.mark.parametrize("most", [1, 700])
-@pytest.mark.parametrize(
-    ("touch", "wide"), [(False, False), (True, False), (False, True), (True, True)]
-)
-def test_any_number_of_blocks(
-    device: torch.device, num_blocks: int, most: int, touch: bool, wide: bool
-) -> None:
+def test_any_number_of_blocks(device: torch.device, num_blocks: int, most: int) -> None:
     host_kv = host_rows(2, 30, 64, 128, torch.float32)
     fetch = random_fetch(2, 2, most, 30 * 64, 3000)
-    check_gather(device, host_kv, fetch, 3000, num_blocks=num_blocks, touch=touch, wide=wide)
+    check_gather(device, host_kv, fetch, 3000, num_blocks=num_blocks)
 
 
 def test_many_segments_most_of_them_empty(device: torch.device) -> None:

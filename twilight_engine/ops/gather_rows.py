@@ -12,8 +12,6 @@ from twilight_engine.ops.launch import check_dtype, check_shape, kernels, ptr
 # Thread blocks of 256: 16 saturate a PCIe 5 x16 link; more put the rows of a short list, and so
 # their translations, on the link at once. They take an eighth of the SMs' threads at most.
 NUM_BLOCKS = 64
-TOUCH = False  # ask for a tile's translations ahead of its rows
-WIDE = False  # let a read of host memory ask for 256 bytes
 MAX_SEGMENTS = 8192  # (sequence, KV head) pairs whose offsets fit in a block's shared memory
 ROW_ALIGN_BYTES = 16
 
@@ -26,8 +24,6 @@ def gather_rows(
     counters: Tensor | None = None,
     times: Tensor | None = None,
     num_blocks: int = NUM_BLOCKS,
-    touch: bool = TOUCH,
-    wide: bool = WIDE,
     stream: torch.cuda.Stream | None = None,
 ) -> None:
     """Copy the rows that a step misses from host memory to their slots, bit by bit.
@@ -45,7 +41,6 @@ def gather_rows(
         times: [2] int64, on rows' device (CUDA only): lowered to the start and raised to the end of
             the copy, in ns of the device's clock; left alone by a copy of nothing.
         num_blocks: CUDA thread blocks to use.
-        touch, wide: how host memory is read (csrc/gather_rows.cu); the result is the same.
         stream: where to run; torch's current stream if None.
     Raises: ValueError for shapes, dtypes, strides or a row size other than these.
     Source: zero-copy gather; see csrc/gather_rows.cu.
@@ -75,8 +70,6 @@ def gather_rows(
         head_stride_bytes=host_kv.stride(0) * itemsize,
         row_bytes=host_kv.shape[3] * itemsize,
         num_blocks=num_blocks,
-        touch=touch,
-        wide=wide,
         stream=run_on.cuda_stream,
     )
     if stream is not None:
