@@ -2,11 +2,12 @@
 // mass; what csrc/prune.cu finds its thresholds with.
 //
 // A threshold is found on the floats' bits, whose order is theirs: three histograms, of 10 bits
-// each, narrow it from the top to one value, so the loop is bounded, ties stay together and no
-// tolerance enters. It ends early where a bin's values are all wanted or only one. Sums within a
-// block are whole numbers and blocks are added in order: nothing depends on the order of additions,
-// so a result repeats. A pass has one barrier of the cluster: each block then reads the others'
-// sums of 32 bins (coarse) and of the bins of one such group (fine), and all reach the same
+// each, narrow it from the top to one value, so the loop is bounded and ties stay together. It ends
+// early where a bin's values are all wanted or only one. Bins add mantissas in 32 bits, rounded so
+// that they cannot overflow: to 19 bits for 8,192 tokens a block, whose errors average out. Sums
+// within a block are whole numbers and blocks are added in order: nothing depends on the order of
+// additions, so a result repeats. A pass has one barrier of the cluster: each block then reads the
+// others' sums of 32 bins (coarse) and of the bins of one such group (fine), and all reach the same
 // threshold.
 #pragma once
 

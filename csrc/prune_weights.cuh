@@ -54,7 +54,7 @@ struct Share {
     run.end = min(stop, max(start, int((from + ((warp + 1) * units >> log_warps)) * unit)));
     run.origin = run.begin / 4 * 4;
     run.tiles = (run.end - run.origin + kTile - 1) / kTile;
-    const int most = (units + warps - 1 >> log_warps) * unit;  // tokens of a warp
+    const int most = ((units + warps - 1) >> log_warps) * unit;  // tokens of a warp
     tokens = min(stop - start, kWarps * (most / 2 + 4));
     run.kept_tiles = kept_tiles;
     run.kept = tiles + in_block * kept_tiles * kTile;

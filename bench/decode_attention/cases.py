@@ -122,11 +122,21 @@ def point(setting: Setting, tokens: int, batch: int) -> Point:
     ) as workload:
         found = measure(setting, workload)
         metrics = metrics_of(setting, workload, found)
+        metrics["all_hits_us"] = _all_hits(setting, workload)
         metrics["dense_streamed_us"] = _streamed(setting, workload)
     sdpa = best_sdpa(setting.machine, shape, tokens, batch, setting.dtype, setting.repeats)
     metrics["sdpa_hbm_us"] = min(sdpa.values())
     made = setting.points[tokens, batch] = Point(found, metrics)
     return made
+
+
+def _all_hits(setting: Setting, workload: Workload) -> float:
+    """Microseconds of a layer's step that misses nothing: what any prefetch could reach."""
+    decode = new_decode(workload, BALANCED)
+    found = measure_steps(
+        workload, setting.machine, decode, warm=setting.warm, query=setting.middle
+    )
+    return found.us["us"]
 
 
 def _streamed(setting: Setting, workload: Workload) -> float:
@@ -150,6 +160,7 @@ def sweep(setting: Setting, case: str, points: list[tuple[int, int]]) -> None:
             "tokens/batch",
             "step",
             "p10-p90",
+            "all hits",
             "floor",
             "of floor",
             "GB/s",
@@ -170,6 +181,7 @@ def sweep_row(name: str, metrics: dict[str, float]) -> tuple[object, ...]:
         name,
         f"{us:.1f}",
         f"{metrics['step_us_p10']:.1f}-{metrics['step_us_p90']:.1f}",
+        f"{metrics['all_hits_us']:.1f}",
         f"{metrics['floor_us']:.1f}",
         f"{metrics['floor_us'] / us:.0%}",
         f"{metrics['device_bytes'] / us / 1e3:.0f}",

@@ -34,6 +34,8 @@ class StepRun:
 
     Args:
         make_layer: replaces a layer's step by one with the host in the loop.
+        query: the step whose queries every step asks, so that all rows are hot from the second
+            one on; None: each step asks its own.
     """
 
     def __init__(
@@ -42,8 +44,9 @@ class StepRun:
         machine: Machine,
         decode: DecodeAttention,
         make_layer: MakeLayer | None = None,
+        query: int | None = None,
     ) -> None:
-        self.workload, self.machine, self.decode = workload, machine, decode
+        self.workload, self.machine, self.decode, self.query = workload, machine, decode, query
         self.q = torch.zeros_like(workload.queries[0])
         self._advance: Replay | None = None
         self._layers: Callable[[], object] = self.launch_layers
@@ -60,7 +63,7 @@ class StepRun:
         """Step t up to its first layer."""
         prepare()
         self.decode.begin_step()
-        self.q.copy_(self.workload.queries[t])
+        self.q.copy_(self.workload.queries[t if self.query is None else self.query])
         if self.decode.max_len != self._max_len:
             self._max_len = self.decode.max_len
             self._advance, self._layers = None, self.launch_layers
@@ -127,11 +130,12 @@ def measure_steps(
     warm: int,
     stop: int | None = None,
     make_layer: MakeLayer | None = None,
+    query: int | None = None,
     cool: Callable[[], object] | None = None,
     prepare: Callable[[], object] = lambda: None,
 ) -> StepTimes:
     """Time a policy's steps from the prompt on, and take the workload back to the prompt."""
-    run = StepRun(workload, machine, decode, make_layer)
+    run = StepRun(workload, machine, decode, make_layer, query)
     times = run.run(warm, stop=stop, cool=cool, prepare=prepare)
     rows = rows_of(workload, warm)
     workload.rewind()

@@ -193,7 +193,7 @@ def prune(
             estimate_errors gives them; None: no margin.
         margin: standard errors that the exact mass aimed at is raised by; see below.
         out: from allocate_pruned, with a capacity >= meta.max_len.
-        weights: [N, Hkv, C] float32 workspace (CUDA only).
+        weights: [N, Hkv, C] float32 workspace (CUDA only): weights that do not fit on the chip.
     Returns: Pruned; lists ascending, without resident tokens. Tokens outside the candidates are
         GRADE_DROPPED where their score is -inf, else GRADE_TAIL.
     Raises: ValueError for shapes, dtypes, a group_rule or a fetch_block other than these.

@@ -1,0 +1,114 @@
+"""prune as a decode step calls it: capacities a multiple of four, long rows, the mean rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.compare import compare
+from tests.ops.step_meta import make_meta
+from tests.ops.test_prune import assert_consistent, assert_same, row_lse, run_both
+from twilight_engine.layout import Pruned, StepMeta
+
+MOST_DIFFERENCES = 3  # tokens of a row whose weight lies at a threshold, up to rounding
+
+
+def padded_scores(meta: StepMeta, num_q_heads: int, *, spread: float) -> tuple[Tensor, Tensor]:
+    capacity = -(-meta.max_len // 64) * 64
+    scores = torch.randn(meta.num_queries, num_q_heads, capacity) * spread
+    scores = scores.to(meta.positions.device)
+    return scores, row_lse(scores, meta)
+
+
+def assert_close(got: Pruned, want: Pruned, meta: StepMeta) -> None:
+    assert_consistent(got, meta)
+    compare(got.mass, want.mass)
+    for n in range(meta.num_queries):
+        seen = slice(int(meta.ctx_starts[n]), int(meta.positions[n]) + 1)
+        differences = got.grades[n, :, seen] != want.grades[n, :, seen]
+        assert (differences.sum(-1) <= MOST_DIFFERENCES).all()
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 6, 8, 13])
+@pytest.mark.parametrize("page_size", [16, 61, 64])
+@pytest.mark.parametrize("margin", [None, 1.5])
+def test_matches_reference(
+    device: torch.device, group: int, page_size: int, margin: float | None
+) -> None:
+    meta = make_meta(device, [900, 1, 130, 301], page_size=page_size)
+    scores, lse = padded_scores(meta, 2 * group, spread=2.0)
+    options: dict[str, Any] = {"p": 0.7, "index_p": 0.95, "num_kv_heads": 2}
+    if margin is not None:
+        errors = torch.rand(4, 2 * group, meta.page_table.shape[1]).to(device) * 0.4
+        options.update(errors=errors, margin=margin)
+    got, want = run_both(scores, lse, meta, **options)
+    assert_same(got, want, meta)
+    assert_consistent(got, meta)
+
+
+@pytest.mark.parametrize("sliding", [None, 333])
+@pytest.mark.parametrize("group_rule", ["mean", "union"])
+def test_query_rows_and_windows(device: torch.device, group_rule: str, sliding: int | None) -> None:
+    meta = make_meta(device, [700, 90], q_lens=[5, 3], page_size=16, sliding=sliding)
+    scores, lse = padded_scores(meta, 4, spread=2.0)
+    got, want = run_both(
+        scores, lse, meta, index_p=0.95, num_kv_heads=2, group_rule=group_rule, fetch_block=16
+    )
+    assert_same(got, want, meta)
+    got, want = run_both(scores, lse, meta, index_p=0.95, num_kv_heads=2)
+    assert_same(got, want, meta)
+
+
+def test_what_the_top_reaches_by_itself(device: torch.device) -> None:
+    """Targets that close before any histogram, after the resident mass is known, or early."""
+    meta = make_meta(device, [640], page_size=64)
+    scores, lse = padded_scores(meta, 2, spread=1.0)
+    scores[:, :, 77], scores[:, :, 3] = 12.0, 11.0
+    lse = row_lse(scores, meta)
+    for p, index_p in ((0.0, 0.0), (0.0, 0.9), (0.01, 0.02), (0.3, 0.6), (0.95, 1.0), (1.0, 1.0)):
+        got, want = run_both(scores, lse, meta, p=p, index_p=index_p, num_kv_heads=1)
+        assert_same(got, want, meta)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "length"), [(1, 131_072), (1, 32_768), (9, 20_011), (3, 60_000)])
+@pytest.mark.parametrize("group", [4, 7])
+def test_rows_over_clusters(batch: int, length: int, group: int) -> None:
+    meta = make_meta(torch.device("cuda"), [length - 1000 * b for b in range(batch)], page_size=64)
+    scores, lse = padded_scores(meta, 8 * group, spread=2.5)
+    errors = torch.rand(batch, 8 * group, meta.page_table.shape[1], device="cuda") * 0.3
+    options: dict[str, Any] = {"index_p": 0.98, "num_kv_heads": 8, "errors": errors, "margin": 1.0}
+    got, want = run_both(scores, lse, meta, **options)
+    assert_close(got, want, meta)
+    again, _ = run_both(scores, lse, meta, **options)
+    assert_same(got, again, meta)
+    assert torch.equal(got.mass, again.mass)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("levels", [1, 2, 40])
+@pytest.mark.parametrize("k", [None, 777])
+def test_equal_weights_over_clusters(levels: int, k: int | None) -> None:
+    meta = make_meta(torch.device("cuda"), [50_001], page_size=64)
+    scores, _ = padded_scores(meta, 4, spread=1.0)
+    scores = (torch.rand_like(scores[:, :1]) * levels).floor().expand_as(scores).contiguous()
+    got, want = run_both(scores, row_lse(scores, meta), meta, index_p=0.9, k=k, num_kv_heads=1)
+    assert_same(got, want, meta)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group_rule", ["mean", "union"])
+def test_weights_that_do_not_fit_on_the_chip(group_rule: str) -> None:
+    meta = make_meta(torch.device("cuda"), [1_000_000], page_size=64)
+    scores, lse = padded_scores(meta, 2, spread=3.0)
+    got, want = run_both(
+        scores, lse, meta, index_p=0.95, num_kv_heads=1, group_rule=group_rule, fetch_block=64
+    )
+    assert_consistent(got, meta)
+    compare(got.mass, want.mass)
+    got, want = run_both(scores, lse, meta, index_p=0.95, num_kv_heads=1)
+    assert_consistent(got, meta)
+    compare(got.mass, want.mass)
