@@ -202,7 +202,7 @@ struct LowerWorker {
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       Pairs::load_codes(codes + uint64_t{rows[t]} * (kD / 2), g, tile.codes[t]);
-      tile.affine[t] = __ldg(static_cast<const __half2*>(params.v_scale) + rows[t]);
+      tile.affine[t] = __ldcg(static_cast<const __half2*>(params.v_scale) + rows[t]);
       tile.score[t] = of_head[tokens[t]];
     }
   }

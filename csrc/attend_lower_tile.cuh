@@ -120,16 +120,16 @@ struct LanePairs {
   // at: byte at(0, g) of a token's codes.
   __device__ static void load_codes(const uint8_t* at, int g, uint32_t (&words)[kWords]) {
     if constexpr (kPairs == 16) {
-      const uint4 x = __ldg(reinterpret_cast<const uint4*>(at));
+      const uint4 x = __ldcg(reinterpret_cast<const uint4*>(at));
       words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
     } else if constexpr (kPairs == 8) {
-      const uint2 x = __ldg(reinterpret_cast<const uint2*>(at));
+      const uint2 x = __ldcg(reinterpret_cast<const uint2*>(at));
       words[0] = x.x, words[1] = x.y;
     } else {
-      words[0] = __ldg(reinterpret_cast<const uint32_t*>(at));
+      words[0] = __ldcg(reinterpret_cast<const uint32_t*>(at));
       const uint8_t* rest = at + (32 + g * (kRest - 4));
-      if constexpr (kRest == 1) words[1] = __ldg(rest);
-      if constexpr (kRest == 2) words[1] = __ldg(reinterpret_cast<const uint16_t*>(rest));
+      if constexpr (kRest == 1) words[1] = *rest;
+      if constexpr (kRest == 2) words[1] = *reinterpret_cast<const uint16_t*>(rest);
     }
   }
 
@@ -138,12 +138,12 @@ struct LanePairs {
     const __half2* words = reinterpret_cast<const __half2*>(mean);
 #pragma unroll
     for (int i = 0; i + 4 <= kPairs; i += 4) {
-      const uint4 x = __ldg(reinterpret_cast<const uint4*>(words + at(i, g)));
+      const uint4 x = __ldcg(reinterpret_cast<const uint4*>(words + at(i, g)));
       const __half2* four = reinterpret_cast<const __half2*>(&x);
       pairs[i] = four[0], pairs[i + 1] = four[1], pairs[i + 2] = four[2], pairs[i + 3] = four[3];
     }
 #pragma unroll
-    for (int i = kPairs - kRest; i < kPairs; ++i) pairs[i] = __ldg(words + at(i, g));
+    for (int i = kPairs - kRest; i < kPairs; ++i) pairs[i] = __ldcg(words + at(i, g));
   }
 
   // out += sum over 16 tokens of (1 + code / 16) times their weights, two bf16 sums of four each.

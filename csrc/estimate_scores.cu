@@ -7,7 +7,8 @@
 // of a page (estimate_pages.cuh). A warp copies its next page to shared memory by cp.async while
 // it works on the one before (page_ring.cuh): at D 128 some 75 to 150 KB an SM are under way,
 // several times what latency times bandwidth asks for (20 KB), and the queries are staged once for
-// some 60 pages. Codes leave the L2 first, so that the scores are still there for the next kernel.
+// some 60 pages. (Marking the codes to leave the L2 first came out as an illegal instruction of
+// nvcc 13.0 for sm_90.)
 //
 // A page's codes are read once for all heads and multiplied on the tensor cores (m16n8k16, bf16
 // in, float accumulate): tokens are the rows of A, heads the columns of B. Row r of four half tiles

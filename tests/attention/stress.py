@@ -26,8 +26,8 @@ class RandomTokens:
     """A selector whose candidates, which are all exact, are drawn anew for each step.
 
     A sequence's favourites come more often, so that some are hot; lists are sometimes empty,
-    sometimes the whole context. The copy stream is kept busy for a random time before each layer's
-    fetch (not in a capture), so that a missing wait shows.
+    sometimes the whole context. The streams beside the main one are kept busy for a random time
+    before each layer (not in a capture), so that a missing wait shows.
     """
 
     per_token = True
@@ -37,7 +37,8 @@ class RandomTokens:
         shape = (model.num_layers, batch, model.num_kv_heads, cache.plan.capacity)
         self.masks = torch.zeros(shape, dtype=torch.uint8, device=cache.device)
         self._favour = torch.rand(shape, device=cache.device).pow(8)
-        self._copies, self._clock = cache.copy_stream, clock
+        self._streams = [s for s in (cache.copy_stream, cache.side_stream) if s is not None]
+        self._clock = clock
 
     def draw(self) -> None:
         share = torch.rand(*self.masks.shape[:3], 1, device=self.masks.device) * 1.2 - 0.1
@@ -46,9 +47,10 @@ class RandomTokens:
         self.masks.copy_(wanted | everything)
 
     def select(self, q: Tensor, view: LayerView) -> Tensor:
-        if self._copies is not None and not torch.cuda.is_current_stream_capturing():
-            with torch.cuda.stream(self._copies):
-                torch.cuda._sleep(self._clock.randrange(MOST_DELAY_CYCLES))
+        for stream in self._streams:
+            if not torch.cuda.is_current_stream_capturing():
+                with torch.cuda.stream(stream):
+                    torch.cuda._sleep(self._clock.randrange(MOST_DELAY_CYCLES))
         size = view.meta.page_size
         return self.masks[view.layer, ..., : -(-view.meta.max_len // size) * size].contiguous()
 

@@ -29,7 +29,7 @@ CASES = {
         hot_share=0.1,
     ),
     "odd": Case(
-        Shape(num_layers=3, num_q_heads=7, num_kv_heads=1, head_dim=80),
+        Shape(num_layers=3, num_q_heads=9, num_kv_heads=1, head_dim=80),
         page_size=61,
         max_len=3000,
         max_seqs=3,
