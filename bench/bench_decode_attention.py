@@ -15,11 +15,10 @@ either. Every request has its own KV.
 Records: step_us and the ops' times are for one layer. floor_us is DESIGN's floor: along the path
 below batch 8, by resource from there on; device_bytes is what the step's ops read and write in
 device memory, missed_bytes what crosses the link; hbm_gbps, link_gbps and granules_per_s are the
-rates of the machine, measured in the run. fetch_us is a gather alone with cold translations: in
-the step attend_rows fetches on the way, so attend_us holds it too. all_hits_us is a step that
-misses no row: the bound of any prefetch. wanted_recall says how much of the trace's sets the
-pipeline's exact lists hold. Names of records with other sets than 0.7 % of the context, clustered
-as recorded, end in /share0.027, /counts or /random.
+rates of the machine, measured in the run. fetch_us is the gather alone with cold translations.
+all_hits_us is a step that misses no row: the bound of any prefetch. wanted_recall says how much of
+the trace's sets the pipeline's exact lists hold. Names of records with other sets than 0.7 % of the
+context, clustered as recorded, end in /share0.027, /counts or /random.
 """
 
 from __future__ import annotations

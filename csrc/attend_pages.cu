@@ -30,7 +30,6 @@ struct PageSource {
     first_token = params.step.ctx_starts[segment.n];
   }
 
-  static constexpr bool kFetches = false;
   struct Peeked {
     int page = kNoRow, offset = 0;
   };

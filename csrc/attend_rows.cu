@@ -3,9 +3,7 @@
 // A segment's items are its visible sinks, its visible window tokens, then its list. Persistent
 // blocks share all segments' items evenly (split_attend.cuh), whatever the lists' lengths; a warp
 // owns 16 of every 64 items of its block's stretch and streams their rows through its ring
-// (attend_stream.cuh), rows without a location straight from host memory. Rows that are to be
-// fetched come the same way and go on from shared memory to their slots, so that a step's fetch
-// waits for nothing but the lists, and everything else is attended meanwhile. All query heads of a
+// (attend_stream.cuh), rows without a location straight from host memory. All query heads of a
 // group, up to 8, share one load. Bytes: 2 * D * itemsize an item and ceil(G / 8) heads' tiles, and
 // min(G, 8) * (D + 2) * 4 a partial state written.
 //
@@ -54,11 +52,9 @@ struct ListSource {
         (params.step.seq_slots[b] * hkv + segment.h) * (params.step.num_sink + params.window_rows);
   }
 
-  static constexpr bool kFetches = true;
   struct Peeked {
-    int row = kNoRow;  // of the pool; kFetched more: to be brought there
-    int token = -1;    // where its row may lie in host memory; -1: no item
-    __device__ int fetched_to() const { return row >= kFetched ? row - kFetched : kNoRow; }
+    int row = kNoRow;  // of the pool
+    int token = -1;    // where row is NO_ROW; -1: no item
   };
 
   __device__ Peeked peek(int item) const {
@@ -72,25 +68,18 @@ struct ListSource {
   }
 
   __device__ const char* row(const Peeked& peeked, bool& direct) const {
-    if (peeked.row >= 0 && peeked.row < kFetched) return slot(peeked.row);
+    if (peeked.row >= 0) {
+      return static_cast<const char*>(params.pool) + int64_t{peeked.row} * RowBytes<T, kD>::kRow;
+    }
     if (peeked.token < 0) return nullptr;
     const int page = pages[peeked.token / params.step.page_size];
     if (page < 0) return nullptr;
-    direct = peeked.row < 0;
+    direct = true;
     const int64_t row =
         int64_t{page} * params.step.page_size + peeked.token % params.step.page_size;
     return host + row * RowBytes<T, kD>::kRow;
   }
-
-  __device__ char* slot(int row) const {
-    return static_cast<char*>(params.pool) + int64_t{row} * RowBytes<T, kD>::kRow;
-  }
 };
-
-__device__ __forceinline__ void count_bytes(int64_t* counter, unsigned long long bytes) {
-  if (counter == nullptr || bytes == 0) return;
-  atomicAdd(reinterpret_cast<unsigned long long*>(counter), bytes);
-}
 
 template <typename T, int kD>
 __global__ void __launch_bounds__(kSplitThreads) attend_rows_kernel(AttendRowsParams params) {
@@ -100,16 +89,10 @@ __global__ void __launch_bounds__(kSplitThreads) attend_rows_kernel(AttendRowsPa
   RowStream<T, kD, ListSource<T, kD>> worker(source, params.work, params.q, params.softmax_scale,
                                              shared);
   wait_for_inputs();
-  const unsigned long long start_ns = params.times == nullptr ? 0 : now_ns();
   split_attend(worker, params.work);
-  if (threadIdx.x % 32 == 0) {
-    count_bytes(params.direct_bytes, worker.direct_rows * RowBytes<T, kD>::kRow);
-    count_bytes(params.fetched_bytes, worker.fetched_rows * RowBytes<T, kD>::kRow);
-  }
-  if (params.times != nullptr && threadIdx.x % 32 == 0 && worker.fetched_rows > 0) {
-    auto* times = reinterpret_cast<unsigned long long*>(params.times);
-    atomicMin(&times[0], start_ns);
-    atomicMax(&times[1], now_ns());
+  if (params.direct_bytes != nullptr && threadIdx.x % 32 == 0 && worker.direct_rows > 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(params.direct_bytes),
+              worker.direct_rows * RowBytes<T, kD>::kRow);
   }
 }
 

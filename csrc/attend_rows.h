@@ -11,16 +11,13 @@ struct AttendRowsParams {
   SplitWork work;
   StepView step;
   const void* q;            // [N, Hq, D] of the row dtype
-  void* pool;               // [R, 2 * D] of the row dtype: windows first, then hot rows
+  const void* pool;         // [R, 2 * D] of the row dtype: windows first, then hot rows
   const void* host_kv;      // [Hkv, P, S, 2 * D] of the row dtype
   int64_t host_head_bytes;  // from one KV head's pages to the next's
   const int* tokens;        // [N, Hkv, C] positions of the listed tokens
   const int* counts;        // [N, Hkv]
-  const int* locations;     // [N, Hkv, C] rows of the pool, kFetched more: to be brought there
-                            // from host_kv, or NO_ROW: in host_kv, to stay there
-  int64_t* direct_bytes;    // grows by the bytes read from host_kv that stay there, or null
-  int64_t* fetched_bytes;   // by those brought to the pool, or null
-  int64_t* times;           // [2] ns: lowered to the start, raised to the end of a fetch, or null
+  const int* locations;     // [N, Hkv, C] rows of the pool, or NO_ROW: in host_kv
+  int64_t* direct_bytes;    // grows by the bytes read from host_kv, or null
   int64_t capacity;         // C
   int window_rows;
   float softmax_scale;

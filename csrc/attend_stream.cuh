@@ -4,9 +4,7 @@
 // wait for each other and 8-16 KB a warp are in flight while a tile is computed. A Source says
 // where the rows are: `num_items(n, h)`, `open(segment)`, `peek(i)`, which loads what is needed to
 // find item i of the open segment a tile early and waits for nothing, and `row(peeked, direct)`,
-// its address (null for a default Peeked), with direct set where it is read over the link. A Source
-// that kFetches also has rows, those with a `peeked.fetched_to()`, that are copied on to `slot` of
-// that once they are in shared memory.
+// its address (null for a default Peeked), with direct set where it is read over the link.
 #pragma once
 
 #include "csrc/row_tile.cuh"
@@ -40,12 +38,11 @@ struct RowStream {
 
   Source& source;
   const SplitWork& work;
-  const T* q;    // [N, Hq, D]
-  float scale;   // softmax_scale * log2(e)
-  char* shared;  // the block's: the warps' tiles, then their parts of out
-  char* ring;    // the warp's tiles
-  unsigned long long direct_rows = 0, fetched_rows = 0;  // same in all lanes of the warp
-  int fetched_to[kStages];  // of the lane's row of each tile in flight, the oldest first
+  const T* q;                          // [N, Hq, D]
+  float scale;                         // softmax_scale * log2(e)
+  char* shared;                        // the block's: the warps' tiles, then their parts of out
+  char* ring;                          // the warp's tiles
+  unsigned long long direct_rows = 0;  // same in all lanes of the warp
   RowTile<T, kD> tile;
 
   __device__ RowStream(Source& source, const SplitWork& work, const void* q, float softmax_scale,
@@ -65,18 +62,13 @@ struct RowStream {
     return item < last ? source.peek(item) : typename Source::Peeked{};
   }
 
-  // Starts the copy of a tile's rows; returns a bit for each row there is, and in to_slot where the
-  // lane's is to be kept.
-  __device__ uint32_t copy_tile(int stage, const typename Source::Peeked& peeked, int& to_slot) {
+  // Starts the copy of a tile's rows; returns a bit for each row there is.
+  __device__ uint32_t copy_tile(int stage, const typename Source::Peeked& peeked) {
     constexpr int kChunks = Bytes::kRow / 16;
     const int lane = threadIdx.x % 32;
     bool direct = false;
     const char* row = source.row(peeked, direct);
     direct_rows += __popc(__ballot_sync(0xffffffffu, direct) & 0xffffu);
-    if constexpr (Source::kFetches) {
-      to_slot = row == nullptr ? kNoRow : peeked.fetched_to();
-      fetched_rows += __popc(__ballot_sync(0xffffffffu, to_slot >= 0) & 0xffffu);
-    }
     const uint32_t to =
         static_cast<uint32_t>(__cvta_generic_to_shared(ring + stage * Bytes::kTile));
 #pragma unroll
@@ -91,20 +83,6 @@ struct RowStream {
     return __ballot_sync(0xffffffffu, row != nullptr) & 0xffffu;
   }
 
-  // Copies the fetched rows of a tile to their slots.
-  __device__ void keep_fetched(const char* rows, int to_slot) const {
-    constexpr int kChunks = Bytes::kRow / 16;
-    uint32_t fetched = __ballot_sync(0xffffffffu, to_slot >= 0) & 0xffffu;
-    for (; fetched != 0; fetched &= fetched - 1) {
-      const int r = __ffs(fetched) - 1;
-      char* to = source.slot(__shfl_sync(0xffffffffu, to_slot, r));
-      for (int chunk = threadIdx.x % 32; chunk < kChunks; chunk += 32) {
-        reinterpret_cast<uint4*>(to)[chunk] =
-            *reinterpret_cast<const uint4*>(rows + r * Bytes::kStride + chunk * 16);
-      }
-    }
-  }
-
   __device__ void attend(const Segment& segment, int first, int last) {
     source.open(segment);
     const int64_t num_q_heads = int64_t{work.num_kv_heads} * work.group;
@@ -115,26 +93,22 @@ struct RowStream {
     auto peeked = peek(first, last);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
-      if (s < tiles) valid |= uint64_t{copy_tile(s, peeked, fetched_to[s])} << (16 * s);
+      if (s < tiles) valid |= uint64_t{copy_tile(s, peeked)} << (16 * s);
       commit_copies();
       peeked = peek(first + (s + 1) * kUnitItems, last);
     }
     int fill = kStages - 1, use = 0;
     for (int t = 0; t < tiles; ++t) {
       if (t + kStages - 1 < tiles) {
-        valid |= uint64_t{copy_tile(fill, peeked, fetched_to[kStages - 1])} << (16 * (kStages - 1));
+        valid |= uint64_t{copy_tile(fill, peeked)} << (16 * (kStages - 1));
       }
       commit_copies();
       peeked = peek(first + (t + kStages) * kUnitItems, last);
       wait_copies<kStages - 1>();
       __syncwarp();
-      const char* rows = ring + use * Bytes::kTile;
-      if constexpr (Source::kFetches) keep_fetched(rows, fetched_to[0]);
-      tile.add(rows, static_cast<uint32_t>(valid) & 0xffffu, scale);
+      tile.add(ring + use * Bytes::kTile, static_cast<uint32_t>(valid) & 0xffffu, scale);
       __syncwarp();
       valid >>= 16;
-#pragma unroll
-      for (int s = 0; s + 1 < kStages; ++s) fetched_to[s] = fetched_to[s + 1];
       fill = fill + 1 == kStages ? 0 : fill + 1;
       use = use + 1 == kStages ? 0 : use + 1;
     }

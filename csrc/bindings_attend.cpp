@@ -53,8 +53,8 @@ void bind_attend(py::module_& m) {
       "attend_rows",
       [](const SplitWork& work, const StepView& step, uint64_t q, uint64_t pool, uint64_t host_kv,
          int64_t host_head_bytes, uint64_t tokens, uint64_t counts, uint64_t locations,
-         uint64_t direct_bytes, uint64_t fetched_bytes, uint64_t times, int64_t capacity,
-         int window_rows, float softmax_scale, int head_dim, int row_dtype, uint64_t stream) {
+         uint64_t direct_bytes, int64_t capacity, int window_rows, float softmax_scale,
+         int head_dim, int row_dtype, uint64_t stream) {
         const twilight::AttendRowsParams p{work,
                                            step,
                                            as<void>(q),
@@ -65,8 +65,6 @@ void bind_attend(py::module_& m) {
                                            as<int>(counts),
                                            as<int>(locations),
                                            as<int64_t>(direct_bytes),
-                                           as<int64_t>(fetched_bytes),
-                                           as<int64_t>(times),
                                            capacity,
                                            window_rows,
                                            softmax_scale,
@@ -76,9 +74,8 @@ void bind_attend(py::module_& m) {
       },
       py::kw_only(), py::arg("work"), py::arg("step"), py::arg("q"), py::arg("pool"),
       py::arg("host_kv"), py::arg("host_head_bytes"), py::arg("tokens"), py::arg("counts"),
-      py::arg("locations"), py::arg("direct_bytes"), py::arg("fetched_bytes"), py::arg("times"),
-      py::arg("capacity"), py::arg("window_rows"), py::arg("softmax_scale"), py::arg("head_dim"),
-      py::arg("row_dtype"), py::arg("stream"));
+      py::arg("locations"), py::arg("direct_bytes"), py::arg("capacity"), py::arg("window_rows"),
+      py::arg("softmax_scale"), py::arg("head_dim"), py::arg("row_dtype"), py::arg("stream"));
   m.def(
       "attend_lower",
       [](const SplitWork& work, const StepView& step, uint64_t scores, uint64_t lse,

@@ -14,7 +14,6 @@ enum RowDtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // Must match layout.py.
 constexpr int kNoRow = -1;
-constexpr int kFetched = 1 << 30;
 constexpr int kGradeTail = 0;
 constexpr int kGradeIndex = 1;
 constexpr int kGradeExact = 2;
@@ -61,13 +60,6 @@ __device__ __forceinline__ float2 load_pair(const void* data, int64_t i, int dty
   }
   if (dtype == kFloat16) return __half22float2(static_cast<const __half2*>(data)[i]);
   return static_cast<const float2*>(data)[i];
-}
-
-// The device's clock, the same on all multiprocessors.
-__device__ __forceinline__ unsigned long long now_ns() {
-  unsigned long long ns;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
-  return ns;
 }
 
 __device__ __forceinline__ float warp_sum(float x) {

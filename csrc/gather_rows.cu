@@ -61,6 +61,12 @@ __device__ __forceinline__ int segment_of(const unsigned* ends, int num_segments
   return low;
 }
 
+__device__ __forceinline__ unsigned long long now_ns() {
+  unsigned long long ns;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+  return ns;
+}
+
 // Finds the addresses of row `first + threadIdx.x` of all; returns whether it is to be moved.
 __device__ bool find_row(const GatherRowsParams& p, const unsigned* ends, unsigned first,
                          unsigned rows, Tile& tile) {

@@ -35,7 +35,6 @@ struct ResolveRowsParams {
   int fetch_capacity;
   int num_chunks;  // at most 65536
   int first_row;
-  int fetched_flag;  // added to the location of a row that gets a slot here: 0 or kFetched
   int page_size;
   int table_pages;  // entries of a row of page_table
   int64_t table_stride;

@@ -205,8 +205,7 @@ __device__ bool install(const ResolveRowsParams& p, const Segment& s, const List
   p.slot_key[slot] = first ? key : kNoRow;
   p.slot_stamp[slot] = s.step;
   s.dst[entry] = first ? row : kNoRow;
-  const int later = p.fetched_flag != 0 ? kNoRow : found;  // nobody has brought it yet
-  p.locations[list.start + place] = first ? row + p.fetched_flag : later;
+  p.locations[list.start + place] = first ? row : found;
   return !first;
 }
 

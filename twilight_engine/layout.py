@@ -16,7 +16,6 @@ from torch import Tensor
 from twilight_engine.config import QUEST_BLOCK
 
 NO_ROW = -1  # a hot-row slot map entry, page id or location that points nowhere
-FETCHED = 1 << 30  # added to a location whose row attend_rows is to bring there from the host
 
 GRADE_TAIL = 0
 GRADE_INDEX = 1

@@ -30,7 +30,6 @@ from twilight_engine.ops.resolve_rows import resolve_rows
 BEFORE_ATTENTION = ("append", "select", "estimate", "prune", "resolve", "fetch")
 ATTENTION = ("attend_lower", "attend_rows", "merge")
 OPS = (*BEFORE_ATTENTION, *ATTENTION)
-OVER_LINK = ("fetch", "attend_rows")
 HOT_STATE = ("slot_map", "slot_key", "slot_stamp", "set_mean")
 
 
@@ -133,11 +132,9 @@ class LayerOps:
             self.meta,
             locations=self.places,
             fetch=self.lists,
-            flag_fetched=True,
         )
 
     def fetch(self) -> None:
-        """What attend_rows does on the way, by a gather of its own: not a part of the step."""
         gather_rows(self.graded.tiers.host, self.lists, self.graded.windows.rows)
 
     def attend_lower(self) -> None:
@@ -174,8 +171,8 @@ def time_ops(
 ) -> OpTimes:
     """Time the ops of step `at`, with the hot rows that the steps before it left.
 
-    The L2 is cold before each run, and the translations before what reads host memory; the workload
-    is taken back to the prompt.
+    The L2 is cold before each run, and the translations before a fetch; the workload is taken back
+    to the prompt.
     """
     run = StepRun(workload, machine, decode)
     run.run(at, stop=at)
@@ -191,7 +188,7 @@ def time_ops(
         restore = _restorer(layers) if name == "resolve" else lambda: None
         work = Replay(workload.device, partial(run_all, layers, name))
 
-        def before(restore: Callable[[], None] = restore, cold: bool = name in OVER_LINK) -> None:
+        def before(restore: Callable[[], None] = restore, cold: bool = name == "fetch") -> None:
             restore()
             (machine.cool if cold else machine.flush_l2)()
 

@@ -11,8 +11,9 @@ OPS = {
     "estimate": "#35618f",
     "prune": "#5b8e7d",
     "resolve": "#a9c9bd",
+    "fetch": "#d1495b",
     "attend_lower": "#edae49",
-    "attend_rows": "#d1495b",
+    "attend_rows": "#7b5ea7",
     "merge": "#555555",
 }
 POLICIES = {  # colour; the engine's presets are drawn thick, what keeps the KV on the device dashed
@@ -137,8 +138,7 @@ def _breakdown(pyplot: Any, bars: dict[str, dict[str, float]], machine: str, fol
         metrics, left = bars[name], 0.0
         for op in names:
             us = metrics.get(f"{op}_us", 0.0)
-            label = "attend_rows with the fetch" if op == "attend_rows" else op
-            axes.barh(0, us, left=left, height=0.6, color=OPS[op], label=label)
+            axes.barh(0, us, left=left, height=0.6, color=OPS[op], label=op)
             left += us
         for key, label, colour, line in (
             ("floor_us", "floor", "#c1121f", "-"),

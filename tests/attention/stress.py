@@ -140,7 +140,8 @@ class Stress:
         assert self.outputs_seen > 0
         for layer, tiers in enumerate(self.cache.layers):
             for sequence in self.sequences:
-                pages = torch.tensor(sequence.pages[: sequence.length // self.case.page_size])
+                full = sequence.length // self.case.page_size
+                pages = torch.tensor(sequence.pages[:full], dtype=torch.int64)
                 host = tiers.host[:, pages].flatten(1, 2)
                 truth = self.truth[layer].unflatten(1, (-1, self.case.page_size))
                 assert torch.equal(host, truth[:, pages.to(self.device)].flatten(1, 2).cpu())

@@ -21,7 +21,6 @@ from twilight_engine.layout import (
     COUNTER_DIRECT_ROWS,
     COUNTER_HIT_ROWS,
     COUNTER_MISSED_ROWS,
-    FETCHED,
     MAX_AGE,
     MAX_CHUNKS,
     NO_ROW,
@@ -99,11 +98,9 @@ def test_steps_match_reference(
         ([1] * 9, 2500, 900),  # smaller clusters
     ],
 )
-@pytest.mark.parametrize("flag_fetched", [False, True])
 def test_long_lists_match_reference(
-    device: torch.device, q_lens: list[int], num_chunks: int, most: int, flag_fetched: bool
+    device: torch.device, q_lens: list[int], num_chunks: int, most: int
 ) -> None:
-    flag_fetched &= max(q_lens) == 1
     num_seqs, hkv, size, length = len(q_lens), 8 if len(q_lens) > 2 else 2, 16, 16000
     num_pages = num_seqs * length // size + 3
     table = random_page_table(num_seqs, length // size, num_pages)
@@ -114,13 +111,10 @@ def test_long_lists_match_reference(
     hot = to_device(want_hot, device)
     for _ in range(3):
         lists = random_lists(sum(q_lens), hkv, length, most)
-        want = reference.resolve_rows(lists, want_hot, meta, flag_fetched=flag_fetched)
-        found = resolve_rows(
-            to_device(lists, device), hot, to_device(meta, device), flag_fetched=flag_fetched
-        )
+        want = reference.resolve_rows(lists, want_hot, meta)
+        found = resolve_rows(to_device(lists, device), hot, to_device(meta, device))
         assert_same_lists(lists, found, want)
         assert_same_state(hot, want_hot)
-        assert bool((want[0] >= FETCHED).any()) == flag_fetched
         want_hot.step.add_(1)
         hot.step.add_(1)
 
@@ -256,7 +250,3 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
     too_many = dataclasses.replace(hot, chunk_owner=torch.zeros(MAX_CHUNKS + 1).int())
     with pytest.raises(ValueError, match="at most 65536"):
         resolve_rows(lists, too_many, meta)
-    two_rows = make_meta(torch.arange(40).view(1, -1).int(), 16, q_lens=[2])
-    lists = to_device(random_lists(2, 1, 640, 5), device)
-    with pytest.raises(ValueError, match="2 query rows for 1 sequences; one each is allowed"):
-        resolve_rows(lists, hot, to_device(two_rows, device), flag_fetched=True)

@@ -19,7 +19,7 @@ from twilight_engine.kv.tiers import StepBuffers
 from twilight_engine.layout import Pruned, RowLists, StepMeta
 from twilight_engine.ops.attend_lower import attend_lower
 from twilight_engine.ops.attend_rows import attend_rows
-from twilight_engine.ops.attend_workspace import HEAD_TILE, AttendState
+from twilight_engine.ops.attend_workspace import AttendState
 from twilight_engine.ops.estimate_scores import estimate_scores
 from twilight_engine.ops.gather_rows import gather_rows
 from twilight_engine.ops.merge_states import merge_states
@@ -173,14 +173,11 @@ class GradedAttention:
     def _fetch(
         self, exact: RowLists, meta: StepMeta, buffers: StepBuffers
     ) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Resolve against the hot rows -> locations, and what to wait for before they are read.
+        """Resolve against the hot rows and start the gather of what they lack, on the copy stream.
 
-        On a GPU attend_rows brings what is missing. Where a row could be listed twice in a step, a
-        gather on the copy stream does, before anything is attended.
+        Returns: the locations, and what to wait for before they are read.
         """
         counters = self.cache.log.counters[self.layer]
-        group = self.cache.model.num_q_heads // self.windows.num_kv_heads
-        alone = meta.num_queries == meta.num_seqs and group <= HEAD_TILE
         locations, fetch = resolve_rows(
             exact,
             self.tiers.hot,
@@ -188,14 +185,11 @@ class GradedAttention:
             locations=buffers.locations,
             fetch=buffers.fetch,
             counters=counters,
-            flag_fetched=alone and self.cache.on_gpu,
         )
         stream = self.cache.copy_stream
         if stream is None:
             with self.cache.log.time_link():
                 gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
-            return locations, None
-        if alone:
             return locations, None
         stream.wait_stream(torch.cuda.current_stream(self.cache.device))
         times = self.cache.log.link_ns[self.layer]
@@ -211,10 +205,9 @@ class GradedAttention:
         arrival: torch.cuda.Event | None,
         meta: StepMeta,
     ) -> AttendState:
-        """Attend over resident and listed rows, once those that something else brings are there."""
+        """Attend over resident and fetched rows, once the gather has landed."""
         if arrival is not None:
             torch.cuda.current_stream(self.cache.device).wait_event(arrival)
-        log = self.cache.log
         return attend_rows(
             q,
             self.windows,
@@ -223,8 +216,7 @@ class GradedAttention:
             locations,
             meta,
             softmax_scale=self.cache.model.softmax_scale,
-            counters=log.counters[self.layer],
-            times=log.link_ns[self.layer] if self.cache.on_gpu else None,
+            counters=self.cache.log.counters[self.layer],
         )
 
     def _buffers(self, n: int) -> StepBuffers:

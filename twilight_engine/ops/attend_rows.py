@@ -5,13 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twilight_engine.layout import (
-    COUNTER_DIRECT_BYTES,
-    COUNTER_FETCHED_BYTES,
-    RowLists,
-    StepMeta,
-    Windows,
-)
+from twilight_engine.layout import COUNTER_DIRECT_BYTES, RowLists, StepMeta, Windows
 from twilight_engine.ops import attend_workspace as ws
 from twilight_engine.ops import launch
 from twilight_engine.ops.attend_workspace import AttendState
@@ -28,30 +22,22 @@ def attend_rows(
     *,
     softmax_scale: float,
     counters: Tensor | None = None,
-    times: Tensor | None = None,
 ) -> AttendState:
     """Attend from every query row to its resident tokens and its listed tokens.
 
     out[n, hq] = softmax(softmax_scale * q[n, hq] . K[resident and listed]) V[the same]
 
     A listed token's row is windows.rows[location], or, where the location is NO_ROW, the row in
-    host memory, which the kernel reads in place. A location of at least FETCHED is FETCHED + row:
-    the row in host memory is attended to and kept in windows.rows[row].
+    host memory, which the kernel reads in place.
 
     Args:
         q: [N, Hq, D] of the rows' dtype.
-        windows: the layer's resident rows and its row pool, on q's device; its hot rows are written
-            where a location says so.
+        windows: the layer's resident rows and its row pool, on q's device.
         host_kv: [Hkv, P, S, 2 * D] rows in (pinned) host memory.
         exact: the listed tokens; none of them resident.
-        locations: [N, Hkv, C] int32 rows of the pool, FETCHED more or not, or NO_ROW, for
-            exact.tokens; no two the same but NO_ROW where one is FETCHED, and then at most
-            HEAD_TILE query heads a KV head.
+        locations: [N, Hkv, C] int32 rows of the pool, or NO_ROW, for exact.tokens.
         softmax_scale: multiplies the logits.
-        counters: [NUM_COUNTERS] int64; COUNTER_DIRECT_BYTES and COUNTER_FETCHED_BYTES grow by the
-            bytes read from host_kv.
-        times: [2] int64, on q's device (CUDA only): lowered to the start and raised to the end of
-            the fetch, in ns of the device's clock; left alone if nothing is fetched.
+        counters: [NUM_COUNTERS] int64; COUNTER_DIRECT_BYTES grows by the bytes read from host_kv.
     Returns: the state, for merge_states.
     Raises: ValueError for shapes or dtypes other than these; NotImplementedError for an
         unsupported dtype or head_dim.
@@ -74,9 +60,6 @@ def attend_rows(
             raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
     if meta.num_sink != windows.num_sink:
         raise ValueError(f"meta.num_sink is {meta.num_sink}; windows has {windows.num_sink}")
-    if times is not None:
-        launch.check_shape("times", times, (2,))
-        launch.check_dtype("times", times, torch.int64)
     ws.check_rows_layout("host_kv", host_kv)
     state = ws.new_state("rows", (n, hq, head_dim), hkv, q.device)
     if n == 0:
@@ -98,8 +81,6 @@ def attend_rows(
         counts=launch.ptr(exact.counts),
         locations=launch.ptr(locations),
         direct_bytes=ws.counter(counters, COUNTER_DIRECT_BYTES),
-        fetched_bytes=ws.counter(counters, COUNTER_FETCHED_BYTES),
-        times=launch.ptr(times),
         capacity=exact.tokens.shape[2],
         window_rows=windows.window_rows,
         softmax_scale=softmax_scale,

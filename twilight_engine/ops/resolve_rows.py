@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from twilight_engine.layout import (
-    FETCHED,
     MAX_CHUNKS,
     SLOTS_PER_CHUNK,
     FetchLists,
@@ -26,7 +25,6 @@ def resolve_rows(
     locations: Tensor | None = None,
     fetch: FetchLists | None = None,
     counters: Tensor | None = None,
-    flag_fetched: bool = False,
 ) -> tuple[Tensor, FetchLists]:
     """Look every list token up in the hot rows, evict for the misses, and list what to fetch.
 
@@ -40,8 +38,7 @@ def resolve_rows(
 
     Changes `hot` in place: slot_map, slot_key, slot_stamp, and set_mean (running mean with decay
     0.9 of a head's list length, the longest of the step's query rows; the first one counts fully).
-    Whoever calls must gather `fetch` before anything reads the locations it fills; or, with
-    flag_fetched, call attend_rows, which brings the flagged rows itself.
+    Whoever calls must gather `fetch` before anything reads the locations it fills.
 
     Args:
         exact: tokens [N, Hkv, C] int32, no token twice in a list; counts [N, Hkv].
@@ -50,9 +47,6 @@ def resolve_rows(
         locations: [N, Hkv, C] int32 to write to.
         fetch: lists to write to, any capacity; a full one leaves later misses at NO_ROW.
         counters: [NUM_COUNTERS] int64; adds hit, missed (fetched) and direct (NO_ROW) list entries.
-        flag_fetched: add FETCHED to the locations of the misses that get a slot. The step must have
-            one query row a sequence, and no two sequences that share pages: another's row would
-            count as there before it is.
     Returns: locations (entries past a count are not written) and fetch.
     Raises: ValueError for shapes or dtypes other than these.
     Source: LRU at the granularity of decode steps; see csrc/resolve_rows.cu.
@@ -65,14 +59,8 @@ def resolve_rows(
         room = max(1, min(per_seq, hot.slot_key.shape[0] if hot is not None else 1))
         fetch = FetchLists.empty(meta.num_seqs, hkv, room, exact.tokens.device)
     _check(exact, hot, meta, locations, fetch, counters)
-    if flag_fetched and n != meta.num_seqs:
-        raise ValueError(
-            f"flag_fetched came with {n} query rows for {meta.num_seqs} sequences; one each is "
-            "allowed"
-        )
-    flag = FETCHED if flag_fetched else 0
     if not exact.tokens.is_cuda:
-        cpu.resolve_rows(exact, hot, meta, locations, fetch, counters, flag)
+        cpu.resolve_rows(exact, hot, meta, locations, fetch, counters)
         return locations, fetch
     kernels().resolve_rows(
         tokens=ptr(exact.tokens),
@@ -103,7 +91,6 @@ def resolve_rows(
         keys_per_head=hot.slot_map[0].numel() if hot else 0,
         num_chunks=hot.chunk_owner.shape[0] if hot else 0,
         first_row=hot.first_row if hot else 0,
-        fetched_flag=flag,
         page_size=meta.page_size,
         stream=current_stream(exact.tokens),
     )

@@ -9,7 +9,6 @@ from twilight_engine.layout import (
     COUNTER_DIRECT_ROWS,
     COUNTER_HIT_ROWS,
     COUNTER_MISSED_ROWS,
-    FETCHED,
     MAX_AGE,
     NO_ROW,
     SLOTS_PER_CHUNK,
@@ -30,7 +29,6 @@ def resolve_rows(
     locations: Tensor | None = None,
     fetch: FetchLists | None = None,
     counters: Tensor | None = None,
-    flag_fetched: bool = False,
 ) -> tuple[Tensor, FetchLists]:
     n, hkv, capacity = exact.tokens.shape
     if locations is None:
@@ -67,8 +65,7 @@ def resolve_rows(
                     hits += len(listed) - len(missing)
                     unplaced += sum(int(where[key]) == NO_ROW for key in missing)
                     for i, key in enumerate(listed):
-                        is_flagged = flag_fetched and key in missing and where[key] != NO_ROW
-                        locations[row, h, i] = where[key] + (FETCHED if is_flagged else 0)
+                        locations[row, h, i] = where[key]
                 else:
                     locations[row, h, : len(listed)] = NO_ROW
                     unplaced += len(listed)

@@ -7,15 +7,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twilight_engine.layout import (
-    COUNTER_DIRECT_BYTES,
-    COUNTER_FETCHED_BYTES,
-    FETCHED,
-    NO_ROW,
-    RowLists,
-    StepMeta,
-    Windows,
-)
+from twilight_engine.layout import COUNTER_DIRECT_BYTES, RowLists, StepMeta, Windows
 from twilight_engine.ops.cpu.attend_chunk import (
     CHUNK_TOKENS,
     ChunkStates,
@@ -27,21 +19,17 @@ from twilight_engine.ops.cpu.attend_chunk import (
 
 @njit(cache=True)
 def _locate(i, spans, first_row, num_sink, window_rows, tokens, locations, pages, page_size):  # type: ignore[no-untyped-def]
-    """Row of entry i of a segment: (in the pool, row, slot to keep it in or NO_ROW).
-
-    Sinks come first, then the window, then the list.
-    """
+    """Row of entry i of a segment: (in the pool, row). Sinks, then window, then the list."""
     if i < spans[1]:
-        return True, np.int64(first_row) + spans[0] + i, NO_ROW
+        return True, np.int64(first_row) + spans[0] + i
     if i < spans[1] + spans[3]:
         t = spans[2] + i - spans[1]
-        return True, np.int64(first_row) + num_sink + t % window_rows, NO_ROW
+        return True, np.int64(first_row) + num_sink + t % window_rows
     j = i - spans[1] - spans[3]
-    if 0 <= locations[j] < FETCHED:
-        return True, np.int64(locations[j]), NO_ROW
+    if locations[j] >= 0:
+        return True, np.int64(locations[j])
     t = tokens[j]
-    slot = locations[j] - FETCHED if locations[j] >= FETCHED else NO_ROW
-    return False, np.int64(pages[t // page_size]) * page_size + t % page_size, slot
+    return False, np.int64(pages[t // page_size]) * page_size + t % page_size
 
 
 @njit(parallel=True, cache=True)
@@ -62,7 +50,7 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
     scale,
     chunk_out,
     chunk_state,
-    host_rows,
+    direct_rows,
 ):
     n_rows, num_kv_heads, max_chunks = chunk_out.shape[:3]
     group, head_dim = q.shape[2], q.shape[3]
@@ -71,7 +59,7 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
         h = task // max_chunks % num_kv_heads
         n = task // max_chunks // num_kv_heads
         length = min(CHUNK_TOKENS, lengths[n, h] - c * CHUNK_TOKENS)
-        host_rows[n, h, c] = 0
+        direct_rows[n, h, c] = 0
         if length <= 0:
             continue
         q_h, host_h = q[n, h], host[h]
@@ -81,7 +69,7 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
         row = np.empty(CHUNK_TOKENS, np.int64)
         scores = np.empty((group, CHUNK_TOKENS), np.float32)
         for i in range(length):
-            near[i], row[i], slot = _locate(
+            near[i], row[i] = _locate(
                 c * CHUNK_TOKENS + i,
                 span,
                 first_rows[n, h],
@@ -96,9 +84,7 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
                 score_row(q_h, pool, row[i], scale, scores, i)
             else:
                 score_row(q_h, host_h, row[i], scale, scores, i)
-                host_rows[n, h, c, 0 if slot < 0 else 1] += 1
-                if slot >= 0:
-                    pool[slot] = host_h[row[i]]
+                direct_rows[n, h, c] += 1
         exponentiate(scores, length, chunk_state[n, h, c])
         out = chunk_out[n, h, c]
         out[:] = np.float32(0)
@@ -145,7 +131,7 @@ def attend_rows(
     slots = meta.seq_slots.numpy()[meta.query_seq.numpy()].astype(np.int64)
     first_rows = (slots[:, None] * hkv + np.arange(hkv)) * windows.rows_per_head
     states = ChunkStates(lengths, group, head_dim)
-    host_rows = np.empty((*states.out.shape[:3], 2), np.int64)  # left there, and fetched
+    direct_rows = np.empty(states.out.shape[:3], np.int64)
     _attend_chunks(
         q.view(n, hkv, group, head_dim).numpy(),
         windows.rows.numpy(),
@@ -163,11 +149,9 @@ def attend_rows(
         np.float32(softmax_scale),
         states.out,
         states.state,
-        host_rows,
+        direct_rows,
     )
     states.merge_into(out, lse)
     if counters is not None:
         row_bytes = 2 * head_dim * host_kv.element_size()
-        direct, fetched = host_rows.sum((0, 1, 2)).tolist()
-        counters[COUNTER_DIRECT_BYTES] += direct * row_bytes
-        counters[COUNTER_FETCHED_BYTES] += fetched * row_bytes
+        counters[COUNTER_DIRECT_BYTES] += int(direct_rows.sum()) * row_bytes

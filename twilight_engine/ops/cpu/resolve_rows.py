@@ -31,12 +31,8 @@ def resolve_rows(
     locations: Tensor,
     fetch: FetchLists,
     counters: Tensor | None,
-    fetched_flag: int,
 ) -> None:
-    """Fill locations and fetch, and update hot; arguments as in ops.resolve_rows, all given.
-
-    fetched_flag is added to the locations of the misses that get a slot.
-    """
+    """Fill locations and fetch, and update hot; arguments as in ops.resolve_rows, all given."""
     hkv = exact.tokens.shape[1]
     tally = np.zeros((hkv, 3), dtype=np.int64)
     if hot is None:
@@ -59,7 +55,6 @@ def resolve_rows(
             hot.set_mean.numpy(),
             int(hot.step[0]),
             hot.first_row,
-            fetched_flag,
             meta.page_size,
             locations.numpy(),
             fetch.src.numpy(),
@@ -125,7 +120,6 @@ def _resolve(
     set_mean: Array,
     step: int,
     first_row: int,
-    fetched_flag: int,
     page_size: int,
     locations: Array,
     src: Array,
@@ -171,7 +165,7 @@ def _resolve(
                     slot_map[h, key] = first_row + slot
                     slot_key[slot] = key
                     slot_stamp[slot] = step
-                    locations[n, h, missing[j]] = first_row + slot + fetched_flag
+                    locations[n, h, missing[j]] = first_row + slot
                     src[b, h, fetched] = key
                     dst[b, h, fetched] = first_row + slot
                     fetched += 1
