@@ -32,10 +32,6 @@ class Trace:
     sets: list[list[list[NDArray[np.int64]]]]
     context: int
 
-    @property
-    def num_steps(self) -> int:
-        return len(self.sets[0][0])
-
 
 def nearest_rule(share: float) -> str:
     """The trace's rule whose own share of the context is nearest."""

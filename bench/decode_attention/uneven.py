@@ -99,11 +99,9 @@ def set_lists(layer: LayerOps, exact: Sequence[int], index: Sequence[int]) -> No
         pruned.grades[0, h, chosen.long()] = GRADE_EXACT
         pruned.grades[0, h, lower.long()] = GRADE_INDEX
         pruned.exact.tokens[0, h, :num_exact] = chosen
-        pruned.index.tokens[0, h, :num_index] = lower
         layer.places[0, h, :num_exact] = slots[:num_exact]
         slots = slots[num_exact:]
     pruned.exact.counts.copy_(torch.tensor([exact]))
-    pruned.index.counts.copy_(torch.tensor([index]))
 
 
 @contextmanager

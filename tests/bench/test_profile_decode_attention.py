@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from profile_decode_attention import main, read_kernels, table_row
 
 HEADER = '"ID","Process ID","Kernel Name","Block Size","Metric Name","Metric Unit","Metric Value"'
@@ -49,8 +50,6 @@ def test_what_ncu_did_not_say_is_said(rows: list[str], message: str):
 
 
 def test_without_a_gpu_it_is_skipped(capsys: pytest.CaptureFixture[str]):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
     assert main([]) == 0
