@@ -71,19 +71,15 @@ class ZeroCopyRows(OpenGraded):
                 f"{self.most_rows} rows takes {lists * self.most_rows}"
             )
 
-    def _fetch(
-        self, exact: RowLists, meta: StepMeta, buffers: StepBuffers
-    ) -> tuple[Tensor, torch.cuda.Event | None]:
+    def _fetch(self, exact: RowLists, meta: StepMeta, buffers: StepBuffers) -> Tensor:
         most = self.most_rows
         fetch = staged_lists(exact, meta, self._hot.first_row, most)
         buffers.locations[..., :most] = fetch.dst
         buffers.locations[..., most:] = NO_ROW
-        stream, counters = self.cache.copy_stream, self.cache.log.counters[self.layer]
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(self.cache.device))
-        gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters, stream=stream)
+        counters = self.cache.log.counters[self.layer]
+        gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
         self.cache.log.record_layer(self.layer, {MISSED: fetch.counts, DIRECT: fetch.direct})
-        return buffers.locations, None if stream is None else stream.record_event()
+        return buffers.locations
 
     @property
     def _hot(self) -> HotRows:
@@ -107,8 +103,8 @@ class QuestPages(ZeroCopyRows):
         kept = self.selector.select(q, view)
         assert kept is not None
         exact = lists_of_blocks(kept, meta, self.index.candidate_block, buffers.pruned.exact)
-        locations, arrival = self._fetch(exact, meta, buffers)
-        return [self._attend_exact(q, exact, locations, arrival, meta)]
+        locations = self._fetch(exact, meta, buffers)
+        return [self._attend_exact(q, exact, locations, meta)]
 
 
 class PolicyDecode(DecodeAttention):

@@ -19,7 +19,7 @@ from twilight_engine.kv.cache import KVCache, SequenceKV
 from twilight_engine.layout import NO_ROW, SLOTS_PER_CHUNK
 from twilight_engine.runtime.step_graph import StepGraph, StepGraphs
 
-MOST_DELAY_CYCLES = 200_000  # of the copy stream, some 100 us: misses land late
+MOST_DELAY_CYCLES = 200_000  # some 100 us
 
 
 class RandomTokens:

@@ -120,7 +120,8 @@ def test_rows_are_the_hosts(case: dict) -> None:  # type: ignore[type-arg]
         lists = life.lists()
         locations, fetch = resolve_rows(lists, life.hot, life.meta, counters=life.counters)
         copies.wait_stream(torch.cuda.current_stream())
-        gather_rows(life.host_kv, fetch, life.rows, counters=life.counters, stream=copies)
+        with torch.cuda.stream(copies):
+            gather_rows(life.host_kv, fetch, life.rows, counters=life.counters)
         torch.cuda.current_stream().wait_stream(copies)
         found += life.check_rows(lists, locations)
         listed += int(lists.counts.sum())

@@ -31,8 +31,8 @@ class GradedAttention:
     """One softmax over three grades: exact rows, INT4 rows and page means (DESIGN: the method).
 
     The estimate gives every visible token an INT4 logit (resident tokens their exact one); prune
-    grades them by mass; exact rows come from windows, hot rows or, over the copy stream, the host,
-    while the lower grades are attended.
+    grades them by mass; exact rows come from windows, hot rows or the host, while the lower grades
+    are attended on a stream of their own.
 
     Args:
         cache: the engine's KV cache.
@@ -79,8 +79,8 @@ class GradedAttention:
             exact = list_all(
                 meta, self.windows.num_kv_heads, self.cache.plan.capacity, out=buffers.pruned.exact
             )
-            locations, arrival = self._fetch(exact, meta, buffers)
-            states = [self._attend_exact(q, exact, locations, arrival, meta)]
+            locations = self._fetch(exact, meta, buffers)
+            states = [self._attend_exact(q, exact, locations, meta)]
         else:
             states = self._attend_graded(q, meta, buffers)
         out, _ = merge_states(states, q.dtype)
@@ -91,9 +91,9 @@ class GradedAttention:
         graded = None
         if self.cache.on_gpu:
             graded = torch.cuda.current_stream(self.cache.device).record_event()
-        locations, arrival = self._fetch(pruned.exact, meta, buffers)
+        locations = self._fetch(pruned.exact, meta, buffers)
         states = self._start_lower(scores, lse, pruned, meta, graded)
-        states.append(self._attend_exact(q, pruned.exact, locations, arrival, meta))
+        states.append(self._attend_exact(q, pruned.exact, locations, meta))
         if self.cache.side_stream is not None and len(states) > 1:
             torch.cuda.current_stream(self.cache.device).wait_stream(self.cache.side_stream)
         return states  # lse and the lower grades' state were kept until the streams met again
@@ -170,14 +170,10 @@ class GradedAttention:
         )
         return pruned, scores, lse
 
-    def _fetch(
-        self, exact: RowLists, meta: StepMeta, buffers: StepBuffers
-    ) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Resolve against the hot rows and start the gather of what they lack, on the copy stream.
-
-        Returns: the locations, and what to wait for before they are read.
-        """
-        counters = self.cache.log.counters[self.layer]
+    def _fetch(self, exact: RowLists, meta: StepMeta, buffers: StepBuffers) -> Tensor:
+        """Resolve against the hot rows, and gather what they lack; the locations of the rows."""
+        log = self.cache.log
+        counters = log.counters[self.layer]
         locations, fetch = resolve_rows(
             exact,
             self.tiers.hot,
@@ -186,28 +182,18 @@ class GradedAttention:
             fetch=buffers.fetch,
             counters=counters,
         )
-        stream = self.cache.copy_stream
-        if stream is None:
-            with self.cache.log.time_link():
-                gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
-            return locations, None
-        stream.wait_stream(torch.cuda.current_stream(self.cache.device))
-        times = self.cache.log.link_ns[self.layer]
-        with torch.cuda.stream(stream):
+        if self.cache.on_gpu:
+            times = log.link_ns[self.layer]
             gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters, times=times)
-        return locations, stream.record_event()
+            return locations
+        with log.time_link():
+            gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
+        return locations
 
     def _attend_exact(
-        self,
-        q: Tensor,
-        exact: RowLists,
-        locations: Tensor,
-        arrival: torch.cuda.Event | None,
-        meta: StepMeta,
+        self, q: Tensor, exact: RowLists, locations: Tensor, meta: StepMeta
     ) -> AttendState:
-        """Attend over resident and fetched rows, once the gather has landed."""
-        if arrival is not None:
-            torch.cuda.current_stream(self.cache.device).wait_event(arrival)
+        """Attend over resident and fetched rows."""
         return attend_rows(
             q,
             self.windows,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from twilight_engine.layout import FetchLists
 from twilight_engine.ops.cpu import gather_rows as cpu
-from twilight_engine.ops.launch import check_dtype, check_shape, kernels, ptr
+from twilight_engine.ops.launch import check_dtype, check_shape, current_stream, kernels, ptr
 
 # Thread blocks of 256: 16 saturate a PCIe 5 x16 link; more put the rows of a short list, and so
 # their translations, on the link at once. They take an eighth of the SMs' threads at most.
@@ -24,7 +24,6 @@ def gather_rows(
     counters: Tensor | None = None,
     times: Tensor | None = None,
     num_blocks: int = NUM_BLOCKS,
-    stream: torch.cuda.Stream | None = None,
 ) -> None:
     """Copy the rows that a step misses from host memory to their slots, bit by bit.
 
@@ -41,7 +40,6 @@ def gather_rows(
         times: [2] int64, on rows' device (CUDA only): lowered to the start and raised to the end of
             the copy, in ns of the device's clock; left alone by a copy of nothing.
         num_blocks: CUDA thread blocks to use.
-        stream: where to run; torch's current stream if None.
     Raises: ValueError for shapes, dtypes, strides or a row size other than these.
     Source: zero-copy gather; see csrc/gather_rows.cu.
     """
@@ -54,7 +52,6 @@ def gather_rows(
         return
     if not host_kv.numel() or not rows.numel() or not fetch.src.numel():
         return
-    run_on = stream or torch.cuda.current_stream(rows.device)
     itemsize = host_kv.element_size()
     kernels().gather_rows(
         host_kv=ptr(host_kv),
@@ -70,12 +67,8 @@ def gather_rows(
         head_stride_bytes=host_kv.stride(0) * itemsize,
         row_bytes=host_kv.shape[3] * itemsize,
         num_blocks=num_blocks,
-        stream=run_on.cuda_stream,
+        stream=current_stream(rows),
     )
-    if stream is not None:
-        for tensor in (fetch.src, fetch.dst, fetch.counts, rows, counters, times):
-            if tensor is not None:
-                tensor.record_stream(stream)
 
 
 def _check(
