@@ -1,9 +1,9 @@
 """Nsight Compute's view of each kernel of one layer's decode attention step.
 
 Runs itself under `ncu` for one step of the real operator, launched kernel by kernel, with the
-selections of a recorded decode; ncu runs the kernels one after another with cold caches. Prints a
-line a kernel, the mean over the layers: time, share of the peak DRAM throughput, active warps,
-registers and shared memory, and what its warps waited for, in warps a cycle with an issue.
+selections of a recorded decode; ncu runs the kernels of one layer one after another with cold
+caches. Prints a line a kernel: time, share of the peak DRAM throughput, active warps, registers
+and shared memory, and what its warps waited for, in warps a cycle with an issue.
 
     python bench/profile_decode_attention.py --trace selection_trace.npz
     python bench/profile_decode_attention.py --tokens 32768 --batch 1 --trace ...
@@ -60,7 +60,7 @@ UNITS = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "byte/block": 1 / 1024, "Kbyte/block"
 TOP_STALLS = 3
 STEPS, WARM = 12, 8
 
-Kernels = dict[str, dict[str, float]]  # by kernel, in order of launch: column -> mean
+Kernels = dict[str, dict[str, float]]  # by kernel, in order of launch: column -> value
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -76,7 +76,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_step(tokens: int, batch: int, trace: Path) -> None:
-    """Some steps to fill the hot rows, then one between the profiler's start and stop."""
+    """Some steps to fill the hot rows, then one with a layer under the profiler."""
     device = torch.device("cuda", torch.cuda.current_device())
     machine = Machine(device, small=False)
     setting = Setting(
@@ -104,11 +104,15 @@ def run_step(tokens: int, batch: int, trace: Path) -> None:
             run.run(WARM, stop=STEPS - 1)
             run.begin(STEPS - 1)
             machine.cool()
-            torch.cuda.synchronize()
-            torch.cuda.profiler.start()
-            run.launch_layers()
-            torch.cuda.synchronize()
-            torch.cuda.profiler.stop()
+            for layer in range(shape.num_layers):
+                if layer != shape.num_layers // 2:
+                    run.launch_layer(layer)
+                    continue
+                torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+                run.launch_layer(layer)
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
             decode.end_step()
     finally:
         machine.close()

@@ -102,13 +102,14 @@ class StepRun:
 
     def launch_layers(self) -> None:
         """The step's layers, one after another."""
-        if self._host_layers is not None:
-            for layer in self._host_layers:
-                layer()
-            return
-        k, v = self.workload.new_k, self.workload.new_v
         for i in range(self.workload.shape.num_layers):
-            self.decode(i, self.q[i], k[i], v[i])
+            self.launch_layer(i)
+
+    def launch_layer(self, i: int) -> None:
+        if self._host_layers is not None:
+            self._host_layers[i]()
+        else:
+            self.decode(i, self.q[i], self.workload.new_k[i], self.workload.new_v[i])
 
 
 def rows_of(workload: Workload, warm: int) -> Rows:
