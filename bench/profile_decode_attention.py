@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import re
 import shutil
 import statistics
 import subprocess
@@ -118,14 +117,8 @@ def run_step(tokens: int, batch: int, trace: Path) -> None:
         machine.close()
 
 
-def short_name(kernel: str) -> str:
-    """estimate_scores of `void twilight::(anonymous namespace)::estimate_scores_kernel<..>(..)`."""
-    plain = kernel.replace("(anonymous namespace)::", "").replace("<unnamed>::", "")
-    return re.split(r"[<(]", plain)[0].split("::")[-1].removesuffix("_kernel")
-
-
 def read_kernels(lines: Iterable[str]) -> Kernels:
-    """ncu's CSV, a row a kernel and metric; what precedes its header is skipped.
+    """ncu's CSV, a row a kernel and metric, by function name; what precedes its header is skipped.
 
     Raises: ValueError if there is no header or no kernel of ours.
     """
@@ -136,10 +129,10 @@ def read_kernels(lines: Iterable[str]) -> Kernels:
     samples: dict[str, dict[str, list[float]]] = {}
     for row in csv.DictReader([header, *text]):
         column = METRICS.get(row["Metric Name"])
-        if column is None or "twilight::" not in row["Kernel Name"]:
+        if column is None:
             continue
         value = float(row["Metric Value"].replace(",", "")) * UNITS.get(row["Metric Unit"], 1.0)
-        kernel = samples.setdefault(short_name(row["Kernel Name"]), {})
+        kernel = samples.setdefault(row["Kernel Name"].removesuffix("_kernel"), {})
         kernel.setdefault(column, []).append(value / 1e3 if column == "k inst" else value)
     if not samples:
         raise ValueError("ncu saw no kernel of twilight_engine")
@@ -164,7 +157,8 @@ def profile(args: argparse.Namespace) -> Kernels:
     command = [
         "ncu",
         *("--csv", "--page", "details", "--clock-control", "none", "--profile-from-start", "off"),
-        *("--kernel-name-base", "demangled", "--metrics", ",".join(METRICS)),
+        *("--kernel-name-base", "demangled", "--kernel-name", "regex:twilight"),
+        *("--print-kernel-base", "function", "--metrics", ",".join(METRICS)),
         *(sys.executable, __file__, "--inside"),
         *("--tokens", str(args.tokens), "--batch", str(args.batch), "--trace", str(args.trace)),
     ]
