@@ -2,7 +2,7 @@
 #pragma once
 
 #include "csrc/estimate_query.cuh"
-#include "csrc/estimate_schedule.cuh"
+#include "csrc/estimate_turns.cuh"
 #include "csrc/page_ring.cuh"
 #include "csrc/running_softmax.cuh"
 
@@ -10,7 +10,7 @@ namespace twilight {
 
 constexpr int kBatch = 32;  // tokens whose scores are written at once: two tiles
 constexpr int kStages = 2;  // pages of a warp: one in use, one under way
-constexpr unsigned kAllRuns = 15, kAllSeen = 15;
+constexpr unsigned kAllSeen = 15;
 constexpr float kLog2E = 1.44269504f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -19,17 +19,17 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-__device__ __forceinline__ float sqrt_approx(float x) {
-  float y;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+// Four floats at once, which the compiler makes four stores of.
+__device__ __forceinline__ void store_vector(float* to, const float (&x)[4]) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]),
+               "f"(x[2]), "f"(x[3])
+               : "memory");
 }
 
 template <int D>
 using Ring = PageRing<D, kPieceTokens, kStages>;
 
-// A warp's pieces of one segment. Lane 4 * r + j multiplies row r of the tiles, and holds the
-// scores of heads 2 * j and 2 * j + 1 of tokens 4 * r .. 4 * r + 3 of a batch.
+// A warp's pieces of one segment.
 template <int D, bool kPerToken>
 class ListWarp {
   using L = Lanes<D>;
@@ -38,218 +38,212 @@ class ListWarp {
   // The segment's items `first`, `first` + step .. are the warp's.
   __device__ ListWarp(const EstimateScoresParams& p, const Schedule& schedule, const Segment& s,
                       const Ring<D>& ring, int first, int step, int lane)
-      : p_(p),
-        s_(s),
-        ring_(ring),
-        residents_(schedule.residents),
-        pieces_(schedule.pieces),
-        step_(step),
-        lane_(lane) {
-    const int skipped = first < residents_ ? ceil_div(residents_ - first, step) : 0;
-    first_ = first + skipped * step - residents_;
-    const int stop = s.end - residents_;
-    count_ = first_ < stop ? ceil_div(stop - first_, step) : 0;
-    row_ = p.scores + s.q_head(p, lane % 4 * 2) * p.capacity + lane / 4 * 4;
+      : p_(p), s_(s), ring_(ring), lane_(ring.lane()), turns_(p, schedule, s, first, step, lane) {
+    const int64_t tokens = int64_t(s.kv_head) * p.page_size;
+    codes_ = held(p.k_codes + tokens * (D / 2));
+    codes_begin_ = held(L::begin(lane_ / 4 * 4, lane_ % 4));
+    scales_ = held(p.k_scale + (kPerToken ? tokens * 2 : int64_t(s.kv_head) * 2 * D));
   }
 
   // Brings the first pieces under way.
   __device__ void start() {
-    look_up(0);
-#pragma unroll
+    turns_.look_up(0);
+#pragma unroll 1
     for (int turn = 0; turn < kStages; ++turn) copy(turn);
   }
 
-  // q: 16 times the scaled queries, as load_query reads them.
+  // q: 16 times the scaled queries, as load_query reads them. state: of heads 2 * (lane % 4) and
+  // the next.
   __device__ void run(const float* q, Softmax (&state)[2]) {
-    q_ = q;
-    if constexpr (kPerToken) query_.fold_alone(q, lane_);
-    for (int turn = 0; turn < count_; ++turn) {
-      ring_.wait();
-      score(turn, state);
-      __syncwarp();
-      if (turn + kStages >= looked_up_ + 32) look_up(turn + 1);
-      copy(turn + kStages);
+    if (turns_.count() == 0) return;
+    if (s_.heads <= 4) {
+      // Lane 4 * r + j takes over head j, and gives it back.
+      const int quad = lane_ / 4 * 4, j = lane_ % 4;
+      const Softmax first = of_lane(state[0], quad + j / 2), next = of_lane(state[1], quad + j / 2);
+      Softmax mine[1] = {j % 2 == 0 ? first : next};
+      run_heads<true>(q, mine);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Softmax of_head = of_lane(mine[0], quad + (j * 2 + i) % 4);
+        state[i] = j < 2 ? of_head : Softmax();
+      }
+    } else {
+      run_heads<false>(q, state);
     }
   }
 
  private:
-  struct Piece {
-    int page_index, origin, tokens;  // of the sequence; tokens of the piece, hidden ones included
-    int number;                      // within its page
-  };
-
-  __device__ Piece piece(int turn) const {
-    const int i = first_ + turn * step_;
-    Piece piece;
-    piece.number = pieces_ == 1 ? 0 : i % pieces_;
-    piece.page_index = s_.first_page + (pieces_ == 1 ? i : i / pieces_);
-    piece.origin = piece.page_index * p_.page_size + piece.number * kPieceTokens;
-    piece.tokens = min(kPieceTokens, p_.page_size - piece.number * kPieceTokens);
-    return piece;
+  __device__ static Softmax of_lane(const Softmax& softmax, int lane) {
+    Softmax other;
+    other.max = __shfl_sync(0xffffffffu, softmax.max, lane);
+    other.sum = __shfl_sync(0xffffffffu, softmax.sum, lane);
+    return other;
   }
 
-  // Reads the page ids of 32 turns, and which runs of 16 tokens are candidates: a bit each.
-  __device__ void look_up(int turn) {
-    looked_up_ = turn;
-    const bool mine = turn + lane_ < count_;
-    const Piece piece = this->piece(turn + lane_);
-    page_ = mine ? p_.page_table[int64_t(s_.seq) * p_.table_stride + piece.page_index] : 0;
-    kept_ = kAllRuns;
-    if (!mine || p_.candidates == nullptr || p_.by_token) return;
-    const uint8_t* candidates = s_.candidates(p_);
-    if constexpr (kPerToken) {
-      const int runs = ceil_div(p_.page_size, kQuestBlock);
-      kept_ = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int run = piece.number * 4 + i;
-        if (run < runs && candidates[int64_t(piece.page_index) * runs + run]) kept_ |= 1u << i;
-      }
-    } else if (!candidates[piece.page_index]) {
-      kept_ = 0;
-    }
-  }
-  __device__ int64_t page(int turn) const {
-    return __shfl_sync(0xffffffffu, page_, turn - looked_up_);
-  }
-  __device__ unsigned kept(int turn) const {
-    return __shfl_sync(0xffffffffu, kept_, turn - looked_up_);
-  }
+  template <bool kPaired>
+  using Query = FoldedQuery<D, kPaired>;
 
   __device__ void copy(int turn) const {
-    if (turn < count_) {
-      const int64_t page = this->page(turn);
-      const unsigned kept = this->kept(turn);
-      const Piece piece = this->piece(turn);
-      const int64_t head = s_.kv_head;
-      if (kept) {
-        const int64_t token = head * p_.page_size + piece.number * kPieceTokens;
-        const uint8_t* codes = p_.k_codes + page * p_.codes_page_stride + token * (D / 2);
-        ring_.copy_codes(turn, codes, piece.tokens, p_.vector_codes);
+    if (turn < turns_.count()) {
+      const Known piece = turns_.known(turn);
+      const uint64_t page = turns_.page(turn);
+      const int skipped = piece.number() * kPieceTokens;
+      const uint8_t* codes = codes_ + page * uint32_t(p_.codes_page_stride) + skipped * (D / 2);
+      if (piece.is(kAll)) {
+        ring_.copy_all_codes(turn, codes);
+      } else if (piece.kept()) {
+        ring_.copy_codes(turn, codes, piece.tokens(), p_.vector_codes);
       }
-      const uint16_t* scales = p_.k_scale + page * p_.scale_page_stride;
-      if constexpr (kPerToken) {
-        if (kept) {
-          scales += (head * p_.page_size + piece.number * kPieceTokens) * 2;
-          ring_.template copy_scales<4>(turn, scales, piece.tokens * 4);
+      if (piece.is(kScales)) {
+        const uint16_t* scales = scales_ + page * uint32_t(p_.scale_page_stride);
+        if constexpr (kPerToken) {
+          ring_.template copy_scales<4>(turn, scales + skipped * 2, piece.tokens() * 4);
+        } else {
+          ring_.template copy_scales<16>(turn, scales, 4 * D);
         }
-      } else if (kept || !p_.drop || p_.errors != nullptr) {
-        ring_.template copy_scales<16>(turn, scales + head * 2 * D, 4 * D);
       }
     }
     ring_.commit();
   }
 
-  __device__ void score(int turn, Softmax (&state)[2]) {
-    const Piece piece = this->piece(turn);
-    const unsigned kept = this->kept(turn);
-    const int begin = max(s_.first, piece.origin);
-    const int end = min(s_.last, piece.origin + piece.tokens);
-    if constexpr (kPerToken) {
-      if (p_.errors != nullptr && piece.number == 0) write_error(piece, token_steps(turn));
-      if (kept != kAllRuns) fill_runs(turn, piece, kept, begin, end, state);
-    } else {
-      if (kept || !p_.drop || p_.errors != nullptr) {
-        query_.fold_page(q_, ring_.scales(turn), s_.heads, lane_, kept, p_.errors != nullptr);
-      }
-      if (p_.errors != nullptr && piece.number == 0) write_error(piece, query_.squares);
-      if (!kept) fill(begin, end, p_.drop ? -INFINITY : query_.middle, state);
+  template <bool kPaired>
+  __device__ void run_heads(const float* q, Softmax (&state)[Query<kPaired>::kOwn]) {
+    Query<kPaired> query(q, lane_);
+    if constexpr (kPerToken) query.fold_alone();
+    row_ = held(p_.scores + s_.q_head(p_, query.own_head(0)) * p_.capacity + lane_ / 4 * 4);
+    heads_ = held(s_.heads);
+    const int head = lane_ / query.kFoldLanes;
+    errors_ = nullptr;
+    if (p_.errors != nullptr && head < s_.heads && lane_ % query.kFoldLanes == 0) {
+      errors_ = p_.errors + s_.q_head(p_, head) * p_.num_pages;
     }
-    if (!kept) return;
-    if (kept == kAllRuns && end - begin == kPieceTokens && p_.vector_scores &&
-        !(p_.by_token && p_.drop)) {
-      whole(turn, piece, state);
-      return;
-    }
-    for (int offset = 0; offset < piece.tokens; offset += kBatch) {
-      if (piece.origin + offset >= end || piece.origin + offset + kBatch <= begin) continue;
-      batch(turn, piece, offset, begin, end, kept, state);
+    errors_ = held(errors_);
+#pragma unroll 1
+    for (int turn = 0; turn < turns_.count(); ++turn) {
+      ring_.wait();
+      score(turn, query, state);
+      __syncwarp();
+      if (turns_.lack(turn + kStages)) turns_.look_up(turn + 1);
+      copy(turn + kStages);
     }
   }
 
-  // int4_token: |16 q|^2 times the mean square of a page's steps, for head lane / 4.
-  __device__ float token_steps(int turn) const {
-    const uint16_t* steps =
-        p_.k_scale + page(turn) * p_.scale_page_stride + int64_t(s_.kv_head) * p_.page_size * 2;
+  template <bool kPaired>
+  __device__ void score(int turn, Query<kPaired>& query, Softmax (&state)[Query<kPaired>::kOwn]) {
+    const Piece piece = turns_.piece(turn);
+    if constexpr (kPerToken) {
+      if (p_.errors != nullptr && piece.is(kFirst)) {
+        write_error(piece, query.norm * mean_step(turn));
+      }
+      if (piece.kept() != kAllRuns) fill_runs(turn, query, piece, state);
+    } else {
+      if (piece.kept()) {
+        query.fold_page(ring_.scales(turn));
+      } else {
+        float value = -INFINITY;
+        if (piece.is(kScales)) {
+          const float middle = query.skim_page(ring_.scales(turn));
+          if (!p_.drop) value = middle;
+        }
+        fill(query, begin(piece), end(piece), value, state);
+      }
+      write_error(piece, query.norm);
+    }
+    if (piece.is(kWhole)) {
+      whole(turn, query, piece, state);
+    } else if (piece.kept()) {
+#pragma unroll 1
+      for (int offset = 0; offset < piece.tokens(); offset += kBatch) {
+        const int t = piece.origin + offset;
+        if (t < end(piece) && t + kBatch > begin(piece)) batch(turn, query, piece, offset, state);
+      }
+    }
+  }
+
+  // int4_token: the root of the mean square of a page's steps.
+  __device__ float mean_step(int turn) const {
+    const uint16_t* steps = scales_ + int64_t(turns_.page(turn)) * p_.scale_page_stride;
     float sum = 0.0f;
     for (int t = lane_; t < p_.page_size; t += 32) {
       const float step = __half2float(reinterpret_cast<const __half*>(steps)[2 * t]);
       sum += step * step;
     }
-    return query_.squares * warp_sum(sum) / p_.page_size;
+    return sqrtf(warp_sum(sum) / p_.page_size);
   }
 
-  // From sum over d of (16 q step)^2: a code is off by step / sqrt(12).
-  __device__ void write_error(const Piece& piece, float squares) const {
-    const int head = lane_ / 4;
-    if (lane_ % 4 != 0 || head >= s_.heads) return;
-    const float error = sqrt_approx(squares * (1.0f / 12)) * 0.0625f;
-    p_.errors[s_.q_head(p_, head) * p_.num_pages + piece.page_index] = error;
+  // From the norm of 16 q step: a code is off by step / sqrt(12).
+  __device__ void write_error(const Piece& piece, float norm) const {
+    constexpr float kPerNorm = 0.0625f * 0.28867513f;
+    if (errors_ != nullptr && piece.is(kFirst)) {
+      __stcg(errors_ + piece.page_index, norm * kPerNorm);
+    }
   }
 
-  // Gives tokens [begin, end) one score a head: value, of head lane / 4.
-  __device__ void fill(int begin, int end, float value, Softmax (&state)[2]) const {
+  // The tokens of a piece that are to be scored.
+  __device__ int begin(const Piece& piece) const { return max(s_.first, piece.origin); }
+  __device__ int end(const Piece& piece) const {
+    return min(s_.last, piece.origin + piece.tokens());
+  }
+
+  // Gives tokens [begin, end) one score a head: value, of the head that a lane folds.
+  template <bool kPaired>
+  __device__ void fill(const Query<kPaired>& query, int begin, int end, float value,
+                       Softmax (&state)[Query<kPaired>::kOwn]) const {
     if (begin >= end) return;
+#pragma unroll 1
     for (int head = 0; head < s_.heads; ++head) {
-      const float v = __shfl_sync(0xffffffffu, value, head * 4);
+      const float v = __shfl_sync(0xffffffffu, value, head * query.kFoldLanes);
       float* out = p_.scores + s_.q_head(p_, head) * p_.capacity;
+#pragma unroll 1
       for (int t = begin + lane_; t < end; t += 32) out[t] = v;
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float v = of_head(value, i);
+    for (int i = 0; i < query.kOwn; ++i) {
+      const float v = query.of_own_head(value, i);
       if (lane_ < 4) state[i].add(v, float(end - begin));
     }
   }
 
   // int4_token: fills the runs of a piece that are no candidates.
-  __device__ void fill_runs(int turn, const Piece& piece, unsigned kept, int begin, int end,
-                            Softmax (&state)[2]) const {
-    const int64_t page = this->page(turn);
+  template <bool kPaired>
+  __device__ void fill_runs(int turn, const Query<kPaired>& query, const Piece& piece,
+                            Softmax (&state)[Query<kPaired>::kOwn]) const {
+    const int64_t page = turns_.page(turn);
     const int runs = ceil_div(p_.page_size, kQuestBlock);
+#pragma unroll 1
     for (int i = 0; i < 4; ++i) {
-      const int from = max(begin, piece.origin + i * kQuestBlock);
-      const int to = min(end, piece.origin + (i + 1) * kQuestBlock);
-      if ((kept >> i & 1) || from >= to) continue;
+      const int from = max(begin(piece), piece.origin + i * kQuestBlock);
+      const int to = min(end(piece), piece.origin + (i + 1) * kQuestBlock);
+      if ((piece.bits >> i & 1) || from >= to) continue;
       float value = -INFINITY;
       if (!p_.drop) {
-        const int64_t at = int64_t(s_.kv_head) * runs + piece.number * 4 + i;
-        float values[L::kChannels];
-        load_query(q_, lane_ / 4, lane_ % 4, values);
-        float sum = 0.0f;
-        for_channels<D>(p_.k_bounds + page * p_.bounds_page_stride + at * 2 * D, lane_ % 4,
-                        [&](int e, float low, float high) { sum += values[e] * (low + high); });
-        value = quad_sum(sum) * (0.5f * 0.0625f);
+        const int64_t at = int64_t(s_.kv_head) * runs + piece.number() * 4 + i;
+        value = query.middle_of_bounds(p_.k_bounds + page * p_.bounds_page_stride + at * 2 * D);
       }
-      fill(from, to, value, state);
+      fill(query, from, to, value, state);
     }
-  }
-
-  // What head 2 * (lane % 4) + i has in a lane of its own.
-  __device__ float of_head(float value, int i) const {
-    return __shfl_sync(0xffffffffu, value, (lane_ % 4 * 2 + i) * 4);
   }
 
   // Scores of a piece of kPieceTokens tokens, all of which are visible.
-  __device__ void whole(int turn, const Piece& piece, Softmax (&state)[2]) const {
-    const float bases[2] = {of_head(query_.base, 0), of_head(query_.base, 1)};
-    float scores[kPieceTokens / kBatch][2][4];
+  template <bool kPaired>
+  __device__ void whole(int turn, const Query<kPaired>& query, const Piece& piece,
+                        Softmax (&state)[Query<kPaired>::kOwn]) const {
+    float scores[kPieceTokens / kBatch][query.kOwn][4];
 #pragma unroll
     for (int i = 0; i < kPieceTokens / kBatch; ++i) {
-      const int first = i * kBatch + lane_ / 4 * 4;
-      multiply(turn, first, bases, scores[i]);
-      write<true>(piece.origin + i * kBatch, kAllSeen, scores[i]);
+      multiply(turn, query, i * kBatch, scores[i]);
+      write<true>(query, piece.origin + i * kBatch, kAllSeen, scores[i]);
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < query.kOwn; ++h) {
       float top = state[h].max;
 #pragma unroll
       for (const auto& batch : scores) {
 #pragma unroll
         for (float score : batch[h]) top = fmaxf(top, score);
       }
-      float sum = state[h].sum * __expf(state[h].max - top);
       const float shift = -kLog2E * top;
+      float sum = state[h].sum * exp2_approx(fmaf(state[h].max, kLog2E, shift));
 #pragma unroll
       for (const auto& batch : scores) {
 #pragma unroll
@@ -261,78 +255,86 @@ class ListWarp {
   }
 
   // Scores of kBatch tokens of a piece, not all of which are to be scored.
-  __device__ void batch(int turn, const Piece& piece, int offset, int begin, int end, unsigned kept,
-                        Softmax (&state)[2]) const {
+  template <bool kPaired>
+  __device__ void batch(int turn, const Query<kPaired>& query, const Piece& piece, int offset,
+                        Softmax (&state)[Query<kPaired>::kOwn]) const {
     const int first = offset + lane_ / 4 * 4;
-    const float bases[2] = {of_head(query_.base, 0), of_head(query_.base, 1)};
-    float scores[2][4];
-    multiply(turn, first, bases, scores);
+    float scores[query.kOwn][4];
+    multiply(turn, query, offset, scores);
     unsigned seen = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int t = piece.origin + first + i;
-      if (t >= begin && t < end) seen |= 1u << i;
+      if (t >= begin(piece) && t < end(piece)) seen |= 1u << i;
     }
-    if (kPerToken && !(kept >> first / kQuestBlock & 1)) seen = 0;
+    if (kPerToken && !(piece.bits >> first / kQuestBlock & 1)) seen = 0;
     if (p_.by_token && p_.drop) {
       const uint8_t* candidates = s_.candidates(p_) + piece.origin + first;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if ((seen >> i & 1) && !candidates[i]) scores[0][i] = scores[1][i] = -INFINITY;
+        if (!(seen >> i & 1) || candidates[i]) continue;
+#pragma unroll
+        for (auto& of_head : scores) of_head[i] = -INFINITY;
       }
     }
-    write<false>(piece.origin + offset, seen, scores);
+    write<false>(query, piece.origin + offset, seen, scores);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (!(seen >> i & 1)) continue;
-      state[0].add(scores[0][i]);
-      state[1].add(scores[1][i]);
+#pragma unroll
+      for (int h = 0; h < query.kOwn; ++h) state[h].add(scores[h][i]);
     }
   }
 
-  // Multiplies two tiles: scores [head][token] of the lane's four tokens, from `first` of a piece.
-  __device__ void multiply(int turn, int first, const float (&bases)[2],
-                           float (&scores)[2][4]) const {
+  // Multiplies two tiles: scores [head][token] of the lane's four tokens of a batch.
+  template <bool kPaired>
+  __device__ void multiply(int turn, const Query<kPaired>& query, int offset,
+                           float (&scores)[Query<kPaired>::kOwn][4]) const {
+    const uint8_t* codes = ring_.codes(turn) + offset * (D / 2);
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
       uint32_t words[2][L::kRegs];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        L::load(ring_.codes(turn), first + tile * 2 + half, lane_ % 4, words[half]);
+        L::load(codes, codes_begin_, tile * 2 + half, lane_ % 4, words[half]);
       }
-      float c[4] = {bases[0], bases[1], bases[0], bases[1]};
-      query_.folded.multiply(words[0], words[1], c);
+      int c[query.folded.kPlanes][4];
+      query.folded.multiply(words[0], words[1], c);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[i % 2][tile * 2 + i / 2] = c[i];
+      for (int half = 0; half < 2; ++half) {
+        const int token = tile * 2 + half, at = half * 2;
+        if constexpr (kPaired) {
+          scores[0][token] = query.score(c[0][at], c[0][at + 1], 0);
+        } else {
+          scores[0][token] = query.score(c[0][at], c[1][at], 0);
+          scores[1][token] = query.score(c[0][at + 1], c[1][at + 1], 1);
+        }
+      }
     }
-    if constexpr (kPerToken) apply_token_scales(turn, first, bases, scores);
-  }
-
-  // int4_token: from 16 q . code, the sum of which with the base is c, to scale * that + min * q.
-  __device__ void apply_token_scales(int turn, int first, const float (&bases)[2],
-                                     float (&scores)[2][4]) const {
-    const __half2* pairs = reinterpret_cast<const __half2*>(ring_.scales(turn));
+    if constexpr (kPerToken) {
+      const __half2* pairs = reinterpret_cast<const __half2*>(ring_.scales(turn));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 scale = __half22float2(pairs[first + i]);
+      for (int i = 0; i < 4; ++i) {
+        const float2 scale = __half22float2(pairs[offset + lane_ / 4 * 4 + i]);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        scores[h][i] = scale.x * scores[h][i] - scale.y * 0.0625f * bases[h];
+        for (int h = 0; h < query.kOwn; ++h) {
+          scores[h][i] = scale.x * scores[h][i] + scale.y * query.base[h];
+        }
       }
     }
   }
 
   // Writes the lane's scores of a batch from token t on; seen: a bit for each that is to be
   // written.
-  template <bool kVectors>
-  __device__ void write(int t, unsigned seen, const float (&scores)[2][4]) const {
+  template <bool kVectors, bool kPaired>
+  __device__ void write(const Query<kPaired>& query, int t, unsigned seen,
+                        const float (&scores)[Query<kPaired>::kOwn][4]) const {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (lane_ % 4 * 2 + h >= s_.heads) continue;
+    for (int h = 0; h < query.kOwn; ++h) {
+      if (query.own_head(h) >= heads_) continue;
       float* out = row_ + h * int64_t(p_.capacity) + t;
       if constexpr (kVectors) {
-        *reinterpret_cast<float4*>(out) =
-            make_float4(scores[h][0], scores[h][1], scores[h][2], scores[h][3]);
+        store_vector(out, scores[h]);
       } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -345,14 +347,14 @@ class ListWarp {
   const EstimateScoresParams& p_;
   const Segment& s_;
   const Ring<D>& ring_;
-  const int residents_, pieces_, step_, lane_;
-  int first_, count_;  // pieces of the unit: the warp's first one, and how many it has
-  float* row_;         // scores of the first of the lane's two heads, from its first token on
-  const float* q_ = nullptr;
-  int looked_up_ = 0;  // the turn that lane 0 has looked up
-  int page_ = 0;
-  unsigned kept_ = 0;
-  FoldedQuery<D> query_;
+  const int lane_;
+  Turns<kPerToken> turns_;
+  const uint8_t* codes_;     // of the KV head, in a page of number zero
+  const uint16_t* scales_;   // the same
+  int codes_begin_;          // the lane's first words in a stage
+  int heads_ = 0;            // of the segment
+  float* row_ = nullptr;     // scores of the first of the lane's heads, from its first token on
+  float* errors_ = nullptr;  // of the head whose error the lane writes, if any
 };
 
 }  // namespace twilight

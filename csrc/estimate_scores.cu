@@ -10,20 +10,24 @@
 // some 60 pages. (Marking the codes to leave the L2 first came out as an illegal instruction of
 // nvcc 13.0 for sm_90.)
 //
-// A page's codes are read once for all heads and multiplied on the tensor cores (m16n8k16, bf16
-// in, float accumulate): tokens are the rows of A, heads the columns of B. Row r of four half tiles
+// A page's codes are read once for all heads and multiplied on the integer tensor cores (m16n8k32,
+// u8 x s8 into int32): tokens are the rows of A, heads the columns of B. Row r of four half tiles
 // holds tokens 4 * r .. 4 * r + 3, so that a lane ends up with four neighbours of a head and a
 // warp writes 128 bytes a head at once. Channel order inside a dot is free, so lane (r, j) loads
-// the j-th quarter of a token's bytes and unpacks them into A with no exchange; B likewise.
-//   A: a nibble c goes to bits 3-6 of a bf16 one, 1 + c / 16, exact, in a shift and a lop3 a pair.
-//   B: 16 * q * softmax_scale * scale, folded once a page (estimate_query.cuh), as a sum of two
-//      bf16 (hi + lo).
-//   C starts at q . min - sum of 16 * q * scale, which takes the ones out again.
-// Precision: hi + lo are off by at most 2^-18 of each q * scale, and A is at most 31 / 16, so a
-// channel's term is off by at most 2^-17 of the widest term that its scale allows, at any
-// magnitude: bf16 has float's exponents, where float16 could overflow on models with a large K
-// bias. q . min, where such a bias lands, is summed in float. int4_token: B is 16 * q alone; a
-// token's scale and min are applied to its scores.
+// the j-th quarter of a token's bytes and makes A of them with no exchange; B likewise.
+//   A: the codes themselves, a byte each: a word's even nibbles masked, then its odd ones, left
+//      where they are as 16 times the code. The even ones' sum is multiplied by 16 in between.
+//   B: x = 16 * q * softmax_scale * scale, folded once a page (estimate_query.cuh), in units of
+//      |x| / 32600 over the channels of a (page, head), rounded to 16 bits: 256 * high + low, two
+//      signed bytes. Up to four heads: they are neighbouring columns of one product, so that a
+//      lane ends up with both sums of a head. More heads: two products.
+//   A score is q . min and the two sums, exact int32, times the unit.
+// Precision: an x is off by half a unit at most, a score thus by some 9e-4 * |x| (a standard
+// deviation, D 128), 0.3 % of what the rounding of K to 4 bits does to it (0.29 * |x|): the range
+// may be the norm, which the errors want anyway, where the largest |x| would take another pass.
+// A page's largest channel sets no other's error apart from that, at any magnitude. q . min, where
+// a large K bias lands, is summed in float. NaN and infinities make the unit, and so the scores,
+// NaN. int4_token: B is 16 * q alone; a token's scale and min are applied to its scores.
 //
 // Each block leaves (max, sum of exp) a head and unit. The last of a unit's blocks to arrive merges
 // them, and zeroes the count of arrivals for the next launch; nobody waits for another block.

@@ -1,16 +1,30 @@
-// INT4 codes of K as the A operand of tensor-core tiles (m16n8k16, bf16 in, float accumulate), and
-// up to 8 query heads, scaled a channel, as B; csrc/estimate_scores.cu has the formula.
+// INT4 codes of K as the A operand of integer tensor-core tiles (m16n8k32, u8 x s8 into s32), and
+// up to 8 query heads in 16-bit fixed point as B; csrc/estimate_scores.cu has the formula.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
 namespace twilight {
 
-constexpr uint32_t kOnes = 0x3F803F80;     // two bf16 ones
-constexpr uint32_t kNibbles = 0x00780078;  // bits 3-6 of both
+// The float 1.5 * 2^23, and its bits: a small integer added to it, as a float or as an integer to
+// its bits, is its mantissa's low end. So integers become floats, and floats integers.
+constexpr float kShifter = 12582912.0f;
+constexpr int kShifterBits = 0x4B400000;
+constexpr float kFixedRange = 32600.0f;  // 127 * 256 + 127, and some room for roundings
+constexpr uint32_t kFlipped = 0x80808080;
+
+// Keeps a value in a register, where the compiler would compute it anew at each use.
+template <typename T>
+__device__ __forceinline__ T held(T x) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(x));
+  } else {
+    asm volatile("" : "+r"(x));
+  }
+  return x;
+}
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -38,41 +52,41 @@ struct Lanes {
     return offset;
   }
 
-  // A token's words from a run of tokens in shared memory.
-  __device__ static void load(const uint8_t* run, int token, int j, uint32_t (&words)[kRegs]) {
-    const int at = token * (D / 2);
+  // Where lane j's words of a token, the fourth, eighth .. of a run, begin.
+  __device__ static int begin(int token, int j) { return place(token * (D / 2) + byte(0, j)); }
+
+  // Words of the token `more` after the one whose words lie at `begin`: not past three more, or
+  // those of other multiples of 32. The offsets add up, but in the bits that place() moves.
+  __device__ static void load(const uint8_t* run, int begin, int more, int j,
+                              uint32_t (&words)[kRegs]) {
+    constexpr int kMoved = D == 64 ? 0x60 : D >= 128 ? 0x40 : 0;
+    const auto at = [&](int skipped) {
+      const int step = more * (D / 2) + skipped;
+      return run + (begin ^ (step & kMoved)) + (step & ~kMoved);
+    };
     if constexpr (D >= 128) {
 #pragma unroll
       for (int w = 0; w < kWords; w += 4) {
-        const uint4 v = *reinterpret_cast<const uint4*>(run + place(at + byte(w, j)));
+        const uint4 v = *reinterpret_cast<const uint4*>(at(w * 16));
         words[w] = v.x, words[w + 1] = v.y, words[w + 2] = v.z, words[w + 3] = v.w;
       }
     } else {
-      const uint2 v = *reinterpret_cast<const uint2*>(run + place(at + byte(0, j)));
+      const uint2 v = *reinterpret_cast<const uint2*>(at(0));
       words[0] = v.x, words[1] = v.y;
       if constexpr (kHalf) {
-        const uint32_t h = *reinterpret_cast<const uint16_t*>(run + place(at + byte(2, j)));
-        words[2] = h | h << 8;  // nibbles 0, 1 at bits 0-7 and 2, 3 at bits 16-23
+        words[2] = *reinterpret_cast<const uint16_t*>(at(byte(2, j) - byte(0, j)));
       } else if constexpr (kWords == 3) {
-        words[2] = *reinterpret_cast<const uint32_t*>(run + place(at + byte(2, j)));
+        words[2] = *reinterpret_cast<const uint32_t*>(at(byte(2, j) - byte(0, j)));
       }
     }
   }
 };
 
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                    uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+__device__ __forceinline__ void mma(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// (x & kNibbles) | kOnes, in one instruction, where the compiler would take two.
-__device__ __forceinline__ uint32_t one_and_nibbles(uint32_t x) {
-  uint32_t y;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(kNibbles), "r"(kOnes));
-  return y;
 }
 
 // Two rows of D fp16 at `rows`: calls use(e, row0, row1) for each of lane j's channels of its first
@@ -121,59 +135,100 @@ __device__ __forceinline__ void load_query(const float* q, int h, int j, float (
   }
 }
 
-// B of the tensor-core tiles: a lane's channels of head lane / 4, in A's order, as hi + lo.
-template <int D>
+// x and y over a unit, rounded to integers of up to kFixedRange: four signed bytes, 256 * high +
+// low each, x's first. Flipped: each is 128 too large, so that none borrows from the next.
+__device__ __forceinline__ uint32_t flipped_bytes(float x, float y, float per_unit) {
+  constexpr int kLow = kFlipped & 0xffff, kHigh = (kFlipped >> 16) - (kShifterBits >> 16);
+  const uint32_t low = __float_as_uint(fmaf(x, per_unit, kShifter + kLow));
+  const uint32_t high = __float_as_uint(fmaf(y, per_unit, kShifter + kHigh));
+  return (high << 16) + low;
+}
+
+// B of the tensor-core tiles, lane 4 * g + j's channels of column g in A's order, and the products.
+// Columns are the high bytes of heads 0 to 7, and in products of their own the low bytes. kPaired:
+// column 2 * h is the high bytes of head h of up to four, column 2 * h + 1 the low ones.
+template <int D, bool kPaired>
 struct Folded {
   using L = Lanes<D>;
-  static constexpr int kPairs = L::kChannels / 2;
-  uint32_t hi[kPairs], lo[kPairs];
+  static constexpr int kPlanes = kPaired ? 1 : 2;
+  // Column pairs share the work, half of the channels each, where these are whole words.
+  static constexpr int kParts = kPaired && L::kRegs % 2 == 0 ? 2 : 1;
+  static constexpr int kCount = L::kChannels / kParts;
+  // Odd channels stay in the upper nibbles, 16 times as large, where sums leave room for that.
+  static constexpr int kOdd = D > 128 ? 1 : 16;
 
-  // From the lane's channels, or the first kCount of them. Pair i of register w holds the codes i
-  // and i + 4 of a word, i and i + 2 of a half word.
-  template <int kCount>
-  __device__ void set(const float (&values)[kCount]) {
-#pragma unroll
-    for (int pair = 0; pair < kCount / 2; ++pair) {
-      const bool half_word = L::kHalf && pair >= L::kWords * 4;
-      const int e = pair / 4 * 8 + pair % 4;
-      const float x = values[e], y = values[e + (half_word ? 2 : 4)];
-      const __nv_bfloat162 high = __floats2bfloat162_rn(x, y);
-      const float2 rounded = __bfloat1622float2(high);
-      const __nv_bfloat162 low = __floats2bfloat162_rn(x - rounded.x, y - rounded.y);
-      hi[pair] = *reinterpret_cast<const uint32_t*>(&high);
-      lo[pair] = *reinterpret_cast<const uint32_t*>(&low);
-    }
-  }
+  uint32_t b[kPlanes][L::kRegs][2];  // of a word: its even channels, its odd ones
 
-  // Takes the second half of the channels from the lane 16 further on, whose first half it is.
-  __device__ void join() {
+  // From the lane's channels of its part.
+  __device__ void set(const float (&values)[kCount], float per_unit, int lane) {
+    constexpr int kWords = L::kRegs / kParts;
+    constexpr uint32_t kHighBytes = 0x7531, kLowBytes = 0x6420;
+    const bool odd_column = lane / 4 % 2 != 0;
+    const uint32_t mine = odd_column ? kLowBytes : kHighBytes;
+    const uint32_t others = odd_column ? kHighBytes : kLowBytes;
 #pragma unroll
-    for (int pair = 0; pair < kPairs / 2; ++pair) {
-      hi[pair + kPairs / 2] = __shfl_down_sync(0xffffffffu, hi[pair], 16);
-      lo[pair + kPairs / 2] = __shfl_down_sync(0xffffffffu, lo[pair], 16);
-    }
-  }
-
-  // c += A B for tokens lane / 4 and lane / 4 + 8 of a tile.
-  __device__ void multiply(const uint32_t (&above)[L::kRegs], const uint32_t (&below)[L::kRegs],
-                           float (&c)[4]) const {
-    float d[4] = {};  // a second chain of dependent products
+    for (int w = 0; w < kWords; ++w) {
 #pragma unroll
-    for (int pair = 0; pair < kPairs; pair += 2) {
-      const uint32_t x = above[pair / 4], y = below[pair / 4];
-      uint32_t a[4];
-      if (pair % 4 == 0) {
-        a[0] = one_and_nibbles(x << 3), a[1] = one_and_nibbles(y << 3);
-        a[2] = one_and_nibbles(x >> 1), a[3] = one_and_nibbles(y >> 1);
-      } else {
-        a[0] = one_and_nibbles(x >> 5), a[1] = one_and_nibbles(y >> 5);
-        a[2] = one_and_nibbles(x >> 9), a[3] = one_and_nibbles(y >> 9);
+      for (int odd = 0; odd < 2; ++odd) {
+        const float* x = values + w * 8 + odd;
+        const uint32_t front = flipped_bytes(x[0], x[2], per_unit);
+        uint32_t back = kFlipped;
+        if (w < L::kWords) back = flipped_bytes(x[4], x[6], per_unit);
+        if constexpr (!kPaired) {
+          b[0][w][odd] = __byte_perm(front, back, kHighBytes) ^ kFlipped;
+          b[1][w][odd] = __byte_perm(front, back, kLowBytes) ^ kFlipped;
+        } else {
+          const uint32_t own = __byte_perm(front, back, mine);
+          if constexpr (kParts == 1) {
+            b[0][w][odd] = own ^ kFlipped;
+          } else {
+            const uint32_t sent = __byte_perm(front, back, others);
+            const uint32_t got = __shfl_xor_sync(0xffffffffu, sent, 4);
+            b[0][w][odd] = (odd_column ? got : own) ^ kFlipped;
+            b[0][w + kWords][odd] = (odd_column ? own : got) ^ kFlipped;
+          }
+        }
       }
-      mma(c, a, hi[pair], hi[pair + 1]);
-      mma(d, a, lo[pair], lo[pair + 1]);
     }
+  }
+
+  // A B of tokens lane / 4 and lane / 4 + 8 of a tile, kOdd times as large, added to kShifterBits.
+  __device__ void multiply(const uint32_t (&above)[L::kRegs], const uint32_t (&below)[L::kRegs],
+                           int (&c)[kPlanes][4]) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) c[i] += d[i];
+    for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[plane][i] = 0;
+    }
+    multiply_half<0>(above, below, c);
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[plane][i] = c[plane][i] * kOdd + kShifterBits;
+    }
+    multiply_half<1>(above, below, c);
+  }
+
+ private:
+  // The even channels, or the odd ones, of words of codes.
+  template <int kHalf>
+  __device__ static uint32_t codes(uint32_t word) {
+    if (kHalf == 0) return word & 0x0F0F0F0F;
+    return kOdd == 16 ? word & 0xF0F0F0F0 : word >> 4 & 0x0F0F0F0F;
+  }
+  template <int kHalf>
+  __device__ void multiply_half(const uint32_t (&above)[L::kRegs],
+                                const uint32_t (&below)[L::kRegs], int (&c)[kPlanes][4]) const {
+#pragma unroll
+    for (int w = 0; w < L::kRegs; w += 2) {
+      uint32_t a[4] = {codes<kHalf>(above[w]), codes<kHalf>(below[w])};
+      const bool both = w + 1 < L::kRegs;
+      if (both) a[2] = codes<kHalf>(above[w + 1]), a[3] = codes<kHalf>(below[w + 1]);
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        mma(c[plane], a, b[plane][w][kHalf], both ? b[plane][w + 1][kHalf] : 0);
+      }
+    }
   }
 };
 

@@ -26,39 +26,55 @@ class PageRing {
   static constexpr int kBytes = kStages * kStageBytes;
 
   __device__ PageRing(uint8_t* memory, int lane)
-      : memory_(memory),
-        address_(static_cast<uint32_t>(__cvta_generic_to_shared(memory))),
-        lane_(lane) {}
+      : address_(held(static_cast<uint32_t>(__cvta_generic_to_shared(memory)))),
+        lane_(held(lane)) {}
 
-  __device__ const uint8_t* codes(int turn) const { return memory_ + turn % kStages * kStageBytes; }
+  __device__ const uint8_t* codes(int turn) const {
+    return static_cast<const uint8_t*>(__cvta_shared_to_generic(stage(turn)));
+  }
   __device__ const uint16_t* scales(int turn) const {
     return reinterpret_cast<const uint16_t*>(codes(turn) + kCodeBytes);
   }
 
+  __device__ int lane() const { return lane_; }
+
+  // Codes of kTokens tokens, 16-byte aligned.
+  __device__ void copy_all_codes(int turn, const uint8_t* from) const {
+    constexpr int kStep = 32 * 16;
+    const int place = Lanes<D>::place(lane_ * 16);
+    const uint32_t to = stage(turn);
+    from += lane_ * 16;
+#pragma unroll
+    for (int i = 0; i < ceil_div(kCodeBytes, kStep); ++i) {
+      // place() moves bits by others: that of a sum of disjoint bits is the exclusive or of both's.
+      const int moved = place ^ (Lanes<D>::place(i * kStep) - i * kStep);
+      if (kCodeBytes % kStep == 0 || i * kStep + lane_ * 16 < kCodeBytes) {
+        copy_async<16>(to + i * kStep + moved, from + i * kStep);
+      }
+    }
+  }
+
   // Codes of `tokens` tokens, each where Lanes<D>::place puts it; vectors: 16-byte aligned.
   __device__ void copy_codes(int turn, const uint8_t* from, int tokens, bool vectors) const {
-    const uint32_t to = address_ + turn % kStages * kStageBytes;
+    const uint32_t to = stage(turn);
     const int bytes = tokens * (D / 2);
-    if (!vectors) {
-      for (int at = lane_ * 8; at < bytes; at += 32 * 8) {
-        copy_async<8>(to + Lanes<D>::place(at), from + at);
-      }
-    } else if (bytes == kCodeBytes) {
-      copy_vectors<true>(to, from, bytes);
+    if (vectors) {
+      copy_loop<16>(to, from, bytes);
     } else {
-      copy_vectors<false>(to, from, bytes);
+      copy_loop<8>(to, from, bytes);
     }
   }
 
   // `bytes` of scales and minima, in vectors of kVector bytes.
   template <int kVector>
   __device__ void copy_scales(int turn, const uint16_t* from, int bytes) const {
-    const uint32_t to = address_ + turn % kStages * kStageBytes + kCodeBytes;
-    const uint8_t* source = reinterpret_cast<const uint8_t*>(from);
+    const int mine = lane_ * kVector;
+    const uint32_t to = stage(turn) + kCodeBytes + mine;
+    const uint8_t* source = reinterpret_cast<const uint8_t*>(from) + mine;
 #pragma unroll
     for (int i = 0; i < ceil_div(kScaleBytes, 32 * kVector); ++i) {
-      const int at = (i * 32 + lane_) * kVector;
-      if (at < bytes) copy_async<kVector>(to + at, source + at);
+      const int at = i * 32 * kVector;
+      if (at + mine < bytes) copy_async<kVector>(to + at, source + at);
     }
   }
 
@@ -72,22 +88,16 @@ class PageRing {
   }
 
  private:
-  template <bool kAll>
-  __device__ void copy_vectors(uint32_t to, const uint8_t* from, int bytes) const {
-    constexpr int kStep = 32 * 16;
-    const int mine = lane_ * 16, place = Lanes<D>::place(mine);
-#pragma unroll
-    for (int i = 0; i < ceil_div(kCodeBytes, kStep); ++i) {
-      // place() moves bits by others: that of a sum of disjoint bits is the exclusive or of both's.
-      const int moved = place ^ (Lanes<D>::place(i * kStep) - i * kStep);
-      const bool within = kAll && kCodeBytes % kStep == 0;
-      if (within || i * kStep + mine < bytes) {
-        copy_async<16>(to + i * kStep + moved, from + mine + i * kStep);
-      }
+  __device__ uint32_t stage(int turn) const { return address_ + turn % kStages * kStageBytes; }
+
+  template <int kVector>
+  __device__ void copy_loop(uint32_t to, const uint8_t* from, int bytes) const {
+#pragma unroll 1
+    for (int at = lane_ * kVector; at < bytes; at += 32 * kVector) {
+      copy_async<kVector>(to + Lanes<D>::place(at), from + at);
     }
   }
 
-  uint8_t* memory_;
   uint32_t address_;
   int lane_;
 };
