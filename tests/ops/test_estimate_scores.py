@@ -195,6 +195,7 @@ def test_workspace_serves_any_number_of_steps() -> None:
     for lengths in ([3000, 90, 1, 700], [9000], [40, 40]):
         case = make_case(make_meta(device, lengths, page_size=16), group=6)
         check(case, workspace=workspace)
+        assert not workspace.any()
     scores = torch.empty(2, 12, case.meta.max_len, device=device)
     lse = torch.empty(2, 12, device=device)
     arguments = (case.q, case.index, case.windows, case.meta)
@@ -212,6 +213,7 @@ def test_workspace_serves_any_number_of_steps() -> None:
         lse.zero_()
         graph.replay()
         assert torch.equal(lse, expected)
+    assert not workspace.any()
 
 
 @pytest.mark.gpu

@@ -207,7 +207,7 @@ def estimate_scores(
     _check_outputs(scores, lse, errors, q, meta)
     if q.is_cuda:
         _launch(
-            q.contiguous(), index, windows, meta, softmax_scale=softmax_scale,
+            launch.aligned_rows(q.contiguous()), index, windows, meta, softmax_scale=softmax_scale,
             candidates=candidates, block=block, left_out=left_out, scores=scores, lse=lse,
             errors=errors, workspace=workspace,
         )  # fmt: skip
