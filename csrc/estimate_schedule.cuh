@@ -144,11 +144,17 @@ class Rows {
     const int lane = threadIdx.x % 32, n = base + lane;
     items_ = 0;
     if (n < p.num_rows) {
+      const int guess =
+          p.early ? n : 0;  // one row a sequence, or at least one sequence: in one round
+      window_ = p.window_starts[guess];
+      slot_ = p.seq_slots[guess];
       seq_ = p.query_seq[n];
       start_ = p.ctx_starts[n];
       stop_ = p.positions[n] + 1;
-      window_ = p.window_starts[seq_];
-      slot_ = p.seq_slots[seq_];
+      if (seq_ != guess) {
+        window_ = p.window_starts[seq_];
+        slot_ = p.seq_slots[seq_];
+      }
       const int first = this->first(p), last = this->last();
       const int pages = p.by_page.divide(last + p.page_size - 1) - p.by_page.divide(first);
       items_ = p.residents + (first < last ? pages * p.pieces : 0);

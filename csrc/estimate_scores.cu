@@ -51,37 +51,39 @@ constexpr int kThreads = kWarps<D> * 32;
 template <int D>
 constexpr int kSharedBytes = kWarps<D> * Ring<D>::kBytes + kHeads * D * int(sizeof(float));
 
-// What a thread stages of the queries of a segment's heads, four channels at a time: first into
-// registers, so that other loads can be sent after these before they are waited for.
+// What a thread stages of the queries of a segment's heads, four channels at a time: 16-bit ones
+// first into registers, so that other loads can be sent after these before they are waited for.
 template <int D>
 class StagedQuery {
  public:
   __device__ void load(const EstimateScoresParams& p, const Segment& s) {
+    if (p.row_dtype == kFloat32) return;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
-      const int part = i * kThreads<D> + threadIdx.x, lane = part % 32, w = part / 32;
-      const int head = lane / 4;
-      const int channel = 2 * Lanes<D>::byte(w / 2, lane % 4) + w % 2 * 4;
       raw_[i] = {};
-      if (part >= kAll || head >= s.heads) continue;
-      const int64_t at = s.q_head(p, head) * D + channel;
-      if (p.row_dtype == kFloat32) {
-        raw_[i] = *reinterpret_cast<const uint4*>(static_cast<const float*>(p.q) + at);
-      } else {
-        const uint2 v = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p.q) + at);
-        raw_[i].x = v.x, raw_[i].y = v.y;
-      }
+      const int64_t at = place(p, s, i);
+      if (at >= 0)
+        raw_[i] = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p.q) + at);
     }
   }
 
   // 16 times scaled, zero beyond the segment's heads, as load_query reads them.
-  __device__ void store(const EstimateScoresParams& p, float* q) const {
+  __device__ void store(const EstimateScoresParams& p, const Segment& s, float* q) const {
     const float scale = 16.0f * p.softmax_scale;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       const int part = i * kThreads<D> + threadIdx.x;
-      const float4 v = values(raw_[i], p.row_dtype);
-      if (part >= kAll) continue;
+      if (part >= kAll) break;
+      float4 v = {};
+      if (p.row_dtype == kBFloat16) {
+        v = {__uint_as_float(raw_[i].x << 16), __uint_as_float(raw_[i].x & 0xffff0000u),
+             __uint_as_float(raw_[i].y << 16), __uint_as_float(raw_[i].y & 0xffff0000u)};
+      } else if (p.row_dtype == kFloat16) {
+        v = {half(raw_[i].x), half(raw_[i].x >> 16), half(raw_[i].y), half(raw_[i].y >> 16)};
+      } else {
+        const int64_t at = place(p, s, i);
+        if (at >= 0) v = *reinterpret_cast<const float4*>(static_cast<const float*>(p.q) + at);
+      }
       reinterpret_cast<float4*>(q)[part] =
           make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
     }
@@ -90,18 +92,18 @@ class StagedQuery {
  private:
   static constexpr int kAll = kHeads * D / 4, kParts = ceil_div(kAll, kThreads<D>);
 
-  __device__ static float4 values(const uint4& raw, int dtype) {
-    if (dtype == kFloat32) return reinterpret_cast<const float4&>(raw);
-    if (dtype == kBFloat16) {
-      return {__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u),
-              __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u)};
-    }
-    const float2 low = __half22float2(reinterpret_cast<const __half2&>(raw.x));
-    const float2 high = __half22float2(reinterpret_cast<const __half2&>(raw.y));
-    return {low.x, low.y, high.x, high.y};
+  __device__ static float half(uint32_t bits) {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
   }
 
-  uint4 raw_[kParts];
+  // Where the i-th four channels lie in q; -1 if there is nothing to load.
+  __device__ static int64_t place(const EstimateScoresParams& p, const Segment& s, int i) {
+    const int part = i * kThreads<D> + threadIdx.x, lane = part % 32, w = part / 32;
+    if (part >= kAll || lane / 4 >= s.heads) return -1;
+    return s.q_head(p, lane / 4) * D + 2 * Lanes<D>::byte(w / 2, lane % 4) + w % 2 * 4;
+  }
+
+  uint2 raw_[kParts];
 };
 
 // Leaves a head's part in each of the first lanes. As the last of the unit's blocks to arrive, then
@@ -190,24 +192,28 @@ __global__ void __launch_bounds__(kThreads<D>, kBlocksPerSm)
   float* q = reinterpret_cast<float*>(memory + kWarps<D> * Ring<D>::kBytes);
   const Ring<D> ring(memory + warp * Ring<D>::kBytes, lane);
   let_next_start();
-  wait_for_inputs();
+  if (!p.early) wait_for_inputs();
   if (warp == 0) {
     Rows rows;
     const Schedule made = Schedule::make(p, rows.count_items(p), kWarps<D>);
     rows.find(p, made.begin(blockIdx.x), made.begin(blockIdx.x + 1), s);
     if (lane == 0) schedule = made;
   }
-  while (true) {
+  for (bool waited = !p.early;; waited = true) {
     __syncthreads();
-    if (s.begin == s.end) return;
+    if (s.begin == s.end) break;
     const int first = s.begin + warp, residents = min(s.end, p.residents);
     StagedQuery<D> query;
-    query.load(p, s);
+    if (waited) query.load(p, s);
     for (int i = first; i < residents; i += kWarps<D>) prefetch_residents<D>(p, s, i, lane);
     const Schedule items{p.residents, p.pieces};  // all that pages need, and in no registers
     ListWarp<D, kPerToken> pages(p, items, s, ring, first, kWarps<D>, lane);
     pages.start();
-    query.store(p, q);
+    if (!waited) {  // until here: metadata, pages of list tokens and hints (dependent_launch.cuh)
+      wait_for_inputs();
+      query.load(p, s);
+    }
+    query.store(p, s, q);
     __syncthreads();
     Softmax state[2];
     for (int i = first; i < residents; i += kWarps<D>) {
@@ -225,6 +231,7 @@ __global__ void __launch_bounds__(kThreads<D>, kBlocksPerSm)
       Rows().find(p, s.unit_begin + s.end, schedule.begin(blockIdx.x + 1), s);
     }
   }
+  wait_for_inputs();  // for blocks without work: the kernel ends no sooner than those before it
 }
 
 template <int D, bool kPerToken>

@@ -36,6 +36,7 @@ struct EstimateScoresParams {
   bool by_token;     // a candidate entry is a token, else a page or a run of kQuestBlock tokens
   int row_dtype;     // RowDtype of q and rows
   bool per_token;    // int4_token, else int4_channel
+  bool early;        // read metadata and index pages before the kernels before have ended
   bool drop;         // left-out tokens get -inf, else their block's midpoint (by_token: their own)
   float softmax_scale;
   int64_t codes_page_stride;   // elements from a page to the next

@@ -13,7 +13,6 @@ namespace {
 template <typename T>
 __global__ void __launch_bounds__(kPageThreads)
     index_pages_kernel(StagedPagesParams s, IndexPagesParams index) {
-  let_next_start();
   wait_for_inputs();
   const int m = blockIdx.x, h = blockIdx.y;
   const int page = s.page_ids[m];
@@ -23,6 +22,8 @@ __global__ void __launch_bounds__(kPageThreads)
   const Rows<T> v{static_cast<const T*>(s.v) + m * s.v_strides[0] + h * s.v_strides[2],
                   s.v_strides[1]};
   index_page(k, v, page, h, index);
+  __threadfence();
+  let_next_start();  // not before: estimate_scores may read pages before it waits
 }
 
 }  // namespace
