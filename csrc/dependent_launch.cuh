@@ -6,6 +6,19 @@
 // when the kernel before has ended, which itself waited for the one before it, so everything
 // earlier on the stream is done. let_next_start() only says that the next kernel may be brought in
 // once all blocks of this one have said so; it promises nothing about memory.
+//
+// The exception: in a step of one query row a sequence and no candidates, estimate_scores reads,
+// before it waits, the step's metadata (page table, positions, slots, where context and window
+// start) and the index pages of list tokens. No kernel that can still be running writes them:
+// - Metadata comes from torch's kernels at the start of the step. They are launched without the
+//   attribute and never let the next one start: they have ended when a dependent one begins.
+// - A page that append_rows completes in this step lies in the window: it begins page_size tokens
+//   before the sequence's end, the window at least num_recent >= page_size before it. The pages of
+//   list tokens were completed in earlier steps, or by index_pages, which lets the next kernel
+//   start only when they are written.
+// Other callers of estimate_scores keep to the same: the kernel just before it writes neither. All
+// else that it touches, queries, resident rows and whatever it writes, comes after the wait: the
+// step's append, or the layer before, may still be at it.
 #pragma once
 
 #include <cuda_runtime.h>

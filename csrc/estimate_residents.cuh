@@ -6,82 +6,134 @@
 
 namespace twilight {
 
-// kCount consecutive values of a row, in one load of up to 16 bytes, or two.
-template <typename T, int kCount>
-__device__ __forceinline__ void load_channels(const T* from, float (&values)[8]) {
-  struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
-    T v[kCount];
-  };
-  const Pack pack = *reinterpret_cast<const Pack*>(from);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = to_float(pack.v[i]);
+// A token of the windows, by its place in the order of visible ones.
+struct Resident {
+  int t;
+  bool visible;
+  int64_t row;  // of p.rows; of any token, if this one is not visible
+
+  __device__ Resident(const EstimateScoresParams& p, const Segment& s, int number) {
+    const int slots = p.num_sink + p.window_rows;
+    t = number < p.num_sink ? number : max(s.window, p.num_sink) + number - p.num_sink;
+    visible = number < slots && t >= s.start && t < s.stop;
+    const int place =
+        t < p.num_sink ? t : p.num_sink + t - p.by_window.divide(t) * int(p.by_window.by);
+    row = (int64_t(s.slot) * p.num_kv_heads + s.kv_head) * slots + (visible ? place : 0);
+  }
+};
+
+// Asks the L2 for the keys of an item: loads that come after a ring of pages would wait for it.
+template <int D>
+__device__ void prefetch_residents(const EstimateScoresParams& p, const Segment& s, int item,
+                                   int lane) {
+  static_assert(kResidentTokens == 16);
+  const Resident resident(p, s, item * kResidentTokens + lane / 2);
+  if (!resident.visible) return;
+  const int bytes = D * (p.row_dtype == kFloat32 ? 4 : 2), half = lane % 2 * (bytes / 2);
+  const char* key = static_cast<const char*>(p.rows) + resident.row * 2 * bytes + half;
+  for (int at = 0; at < bytes / 2; at += 128) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(key + at));
+  }
 }
 
-// Lane 4 * r + j takes token r of eight, the channels that j takes of codes too, and ends up with
-// the dots of heads 2 * j and 2 * j + 1. q is 16 times the scaled queries.
+// The channels of a key that lane j of four multiplies, in the order of load_query.
 template <int D, typename T>
-__device__ void resident_dots(const EstimateScoresParams& p, const Segment& s, int first_slot,
-                              const float* q, int lane, Softmax (&state)[2]) {
-  using L = Lanes<D>;
-  const int j = lane % 4, slots = p.num_sink + p.window_rows;
-  const int64_t head = int64_t(p.seq_slots[s.seq]) * p.num_kv_heads + s.kv_head;
-  const int window_start = max(p.window_starts[s.seq], p.num_sink);
-  const int slot = first_slot + lane / 4;
-  const int t = slot < p.num_sink ? slot : window_start + slot - p.num_sink;
-  const bool visible = slot < slots && t >= s.start && t < s.stop;
-  if (!__any_sync(0xffffffffu, visible)) return;
-  int place = t < p.num_sink ? t : p.num_sink + t % p.window_rows;
-  if (!visible) place = 0;  // any row that exists; nothing comes of it
-  const T* row = static_cast<const T*>(p.rows) + (head * slots + place) * 2 * D;
-  float dots[kHeads] = {};
-#pragma unroll 2
-  for (int w = 0; w < L::kRegs; ++w) {
-    const bool half_word = L::kHalf && w == L::kWords;
-    float key[8] = {};
-    if (half_word) {
-      load_channels<T, 4>(row + 2 * L::byte(w, j), key);
-    } else {
-      load_channels<T, 8>(row + 2 * L::byte(w, j), key);
-    }
+struct Key {
+  static constexpr int kWords = D / 4 * sizeof(T) / 4;
+  uint32_t words[kWords];
+
+  __device__ void load(const T* row, int j) {
+    using L = Lanes<D>;
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
+    for (int w = 0; w < L::kRegs; ++w) {
+      const int channels = L::kHalf && w == L::kWords ? 4 : 8;
+      const T* from = row + 2 * L::byte(w, j);
 #pragma unroll
-      for (int i = 0; i < (half_word ? 1 : 2); ++i) {
-        const float4 v = reinterpret_cast<const float4*>(q)[(w * 2 + i) * 32 + h * 4 + j];
-        const float* k = key + 4 * i;
-        dots[h] += v.x * k[0] + v.y * k[1] + v.z * k[2] + v.w * k[3];
+      for (int at = 0; at < channels * int(sizeof(T)) / 4; at += 4) {
+        uint32_t* to = words + w * 8 * sizeof(T) / 4 + at;
+        if (channels * sizeof(T) == 8) {
+          const uint2 v = *reinterpret_cast<const uint2*>(from);
+          to[0] = v.x, to[1] = v.y;
+        } else {
+          const uint4 v = reinterpret_cast<const uint4*>(from)[at / 4];
+          to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+        }
       }
     }
   }
-  float mine[2] = {};
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    const float dot = quad_sum(dots[h]) * 0.0625f;
-    if (j == h / 2) mine[h % 2] = dot;
+
+  __device__ float channel(int i) const {
+    if constexpr (sizeof(T) == 4) return __uint_as_float(words[i]);
+    const uint16_t bits = words[i / 2] >> (i % 2 * 16);
+    return to_float(reinterpret_cast<const T&>(bits));
   }
-  if (!visible) return;
+};
+
+// The dots of a key with heads 2 * j and 2 * j + 1, by the four lanes that have its channels.
+template <int D, typename T>
+__device__ float2 resident_dots(const Key<D, T>& key, const float* q, int heads, int j) {
+  float channels[D / 4];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    state[i].add(mine[i]);
-    const int h = j * 2 + i;
-    if (h < s.heads) p.scores[s.q_head(p, h) * p.capacity + t] = mine[i];
+  for (int i = 0; i < D / 4; ++i) channels[i] = key.channel(i);
+  float2 mine = {};
+#pragma unroll 1
+  for (int h = 0; h < heads; ++h) {
+    float4 dot = {};
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      const float4 v = reinterpret_cast<const float4*>(q)[i * 32 + h * 4 + j];
+      const float* k = channels + 4 * i;
+      dot.x += v.x * k[0], dot.y += v.y * k[1], dot.z += v.z * k[2], dot.w += v.w * k[3];
+    }
+    const float sum = quad_sum((dot.x + dot.y) + (dot.z + dot.w)) * 0.0625f;
+    if (h == 2 * j) mine.x = sum;
+    if (h == 2 * j + 1) mine.y = sum;
+  }
+  return mine;
+}
+
+// Lane 4 * r + j takes token r of eight, the channels that j takes of codes too, and ends up with
+// the scores of heads 2 * j and 2 * j + 1. q is 16 times the scaled queries.
+template <int D, typename T>
+__device__ void resident_item(const EstimateScoresParams& p, const Segment& s, int item,
+                              const float* q, int lane, Softmax (&state)[2]) {
+  constexpr int kKeys = sizeof(T) * D <= 256 ? 2 : 1;  // of a lane, asked for at once
+  const int j = lane % 4;
+#pragma unroll 1
+  for (int begin = 0; begin < kResidentTokens; begin += kKeys * 8) {
+    const int first = item * kResidentTokens + begin + lane / 4;
+    Key<D, T> keys[kKeys];
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      const Resident resident(p, s, first + i * 8);
+      keys[i].load(static_cast<const T*>(p.rows) + resident.row * 2 * D, j);
+    }
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      const float2 scores = resident_dots(keys[i], q, s.heads, j);
+      const Resident resident(p, s, first + i * 8);
+      if (!resident.visible) continue;
+      state[0].add(scores.x);
+      state[1].add(scores.y);
+      float* out = p.scores + s.q_head(p, j * 2) * p.capacity + resident.t;
+      if (j * 2 < s.heads) out[0] = scores.x;
+      if (j * 2 + 1 < s.heads) out[p.capacity] = scores.y;
+    }
   }
 }
 
-// One item: kResidentTokens slots of the windows.
+// One item: kResidentTokens of the tokens that the windows hold.
 template <int D>
 __device__ void resident_scores(const EstimateScoresParams& p, const Segment& s, int item,
                                 const float* q, int lane, Softmax (&state)[2]) {
-#pragma unroll 1
-  for (int i = 0; i < kResidentTokens; i += 8) {
-    const int slot = item * kResidentTokens + i;
-    if (p.row_dtype == kBFloat16) {
-      resident_dots<D, __nv_bfloat16>(p, s, slot, q, lane, state);
-    } else if (p.row_dtype == kFloat16) {
-      resident_dots<D, __half>(p, s, slot, q, lane, state);
-    } else {
-      resident_dots<D, float>(p, s, slot, q, lane, state);
-    }
+  const bool visible = Resident(p, s, item * kResidentTokens + lane % kResidentTokens).visible;
+  if (!__any_sync(0xffffffffu, visible)) return;
+  if (p.row_dtype == kBFloat16) {
+    resident_item<D, __nv_bfloat16>(p, s, item, q, lane, state);
+  } else if (p.row_dtype == kFloat16) {
+    resident_item<D, __half>(p, s, item, q, lane, state);
+  } else {
+    resident_item<D, float>(p, s, item, q, lane, state);
   }
 }
 

@@ -5,9 +5,9 @@
 // its list tokens: some 4 KB each, a warp's work. Units follow each other by row, then by head. A
 // segment is a block's part of a unit; blocks meet in the workspace, at slot block + unit, which is
 // another for every segment, since from one segment to the next the block or the unit moves on.
+//
+// One warp of a block works it out for all, from one round of loads where a step has up to 32 rows.
 #pragma once
-
-#include <climits>
 
 #include "csrc/common.cuh"
 #include "csrc/estimate_scores.h"
@@ -23,7 +23,9 @@ static_assert(kPieceTokens == 4 * kQuestBlock);
 
 struct Segment {
   int unit, n, kv_head, first_head, heads, seq;
+  int slot;                  // of the sequence's windows
   int start, stop;           // visible tokens
+  int window;                // first token of the window
   int first, last;           // list tokens
   int first_page;            // that holds some
   int begin, end;            // items of the unit
@@ -35,109 +37,140 @@ struct Segment {
   __device__ const uint8_t* candidates(const EstimateScoresParams& p) const {
     return p.candidates + (int64_t(n) * p.num_kv_heads + kv_head) * p.num_blocks;
   }
+  __device__ bool is_whole_unit() const { return begin == 0 && end == unit_end - unit_begin; }
 };
 
-// Computed by whole warps, every lane alike; small enough to be kept in shared memory. 32 bits are
-// enough: an item stands for 256 bytes of scores or more.
+// 32 bits are enough: an item stands for 256 bytes of scores or more.
 struct Schedule {
-  int residents;    // items of resident tokens that every unit begins with
-  int pieces;       // of a page
-  int head_groups;  // units of a row and KV head
-  int blocks;       // that have work: a warp or more each
-  int each, more;   // items of a block; blocks that have one more, the first ones
+  int residents;   // items of resident tokens that every unit begins with
+  int pieces;      // of a page
+  int total;       // items
+  int each, more;  // items of a block; blocks that have one more, the first ones
 
-  __device__ static Schedule make(const EstimateScoresParams& p, int warps) {
-    Schedule made;
-    made.residents = max(1, ceil_div(p.num_sink + p.window_rows, kResidentTokens));
-    made.pieces = ceil_div(p.page_size, kPieceTokens);
-    made.head_groups = ceil_div(p.group, kHeads);
-    const int total = made.find(p, INT_MAX).start;
-    made.blocks = min(int(gridDim.x), ceil_div(total, warps));
-    made.each = total / made.blocks;
-    made.more = total % made.blocks;
+  // Every warp of a block that has work gets some.
+  __device__ static Schedule make(const EstimateScoresParams& p, int total, int warps) {
+    Schedule made{p.residents, p.pieces, total, p.by_blocks.divide(total)};
+    made.more = total - made.each * int(gridDim.x);
+    if (made.each < warps) made.each = warps, made.more = 0;
     return made;
   }
 
   // Where a block's items begin.
-  __device__ int begin(int block) const { return block * each + min(block, more); }
+  __device__ int begin(int block) const { return min(total, block * each + min(block, more)); }
 
   // The block that an item falls to.
   __device__ int owner(int item) const {
     const int longer = more * (each + 1);  // items of the blocks with one more
-    return item < longer ? item / (each + 1) : more + (item - longer) / each;
+    const bool in_longer = item < longer;
+    const unsigned size = in_longer ? each + 1 : each;
+    return (in_longer ? 0 : more) + unsigned(in_longer ? item : item - longer) / size;
+  }
+};
+
+// The query rows of a step, 32 at a time, one a lane.
+class Rows {
+ public:
+  // Items of all rows. Leaves the first 32 loaded.
+  __device__ int count_items(const EstimateScoresParams& p) {
+    int total = 0;
+#pragma unroll 1
+    for (int base = (p.num_rows - 1) / 32 * 32; base >= 0; base -= 32) {
+      load(p, base);
+      total += __shfl_sync(0xffffffffu, upto_, 31);
+    }
+    return total;
   }
 
-  // The segment that begins at an item and ends with its unit, or at item `stop`.
-  __device__ Segment segment(const EstimateScoresParams& p, int item, int stop) const {
-    const Row row = find(p, item);
-    const int unit = (item - row.start) / row.items;
-    Segment s;
-    s.n = row.n;
-    s.unit = row.n * units_per_row(p) + unit;
-    s.kv_head = unit / head_groups;
-    const int skipped = unit % head_groups * kHeads;
-    s.first_head = s.kv_head * p.group + skipped;
-    s.heads = min(kHeads, p.group - skipped);
-    s.unit_begin = row.start + unit * row.items;
-    s.unit_end = s.unit_begin + row.items;
-    s.begin = item - s.unit_begin;
-    s.end = min(stop, s.unit_end) - s.unit_begin;
-    see(p, row.n, s);
-    s.first_page = s.first / p.page_size;
-    return s;
+  // Sets the segment, in shared memory, that begins at an item and ends with its unit, or at item
+  // `stop`; an empty one if that is no later.
+  __device__ void find(const EstimateScoresParams& p, int item, int stop, Segment& segment) {
+    const int lane = threadIdx.x % 32;
+    if (item >= stop) {
+      if (lane == 0) segment.begin = segment.end = 0;
+      return;
+    }
+    int before = 0;  // items of the rows before those that are loaded
+    unsigned past = 0;
+#pragma unroll 1
+    for (int base = 0;; base += 32) {
+      if (base_ != base) load(p, base);
+      past = __ballot_sync(0xffffffffu, before + upto_ > item);
+      if (past != 0) break;
+      before += __shfl_sync(0xffffffffu, upto_, 31);
+    }
+    const int found = __ffs(past) - 1;
+    const int items = __shfl_sync(0xffffffffu, items_, found);
+    const int end = before + __shfl_sync(0xffffffffu, upto_, found);
+    const int start = end - items * p.num_kv_heads * p.head_groups;
+    const int unit = units_within(item - start, items);
+    if (lane == found) {
+      Segment s;
+      s.n = base_ + found;
+      s.unit = s.n * p.num_kv_heads * p.head_groups + unit;
+      s.kv_head = p.by_groups.divide(unit);
+      const int skipped = (unit - s.kv_head * p.head_groups) * kHeads;
+      s.first_head = s.kv_head * p.group + skipped;
+      s.heads = min(kHeads, p.group - skipped);
+      s.unit_begin = start + unit * items;
+      s.unit_end = s.unit_begin + items;
+      s.begin = item - s.unit_begin;
+      s.end = min(stop, s.unit_end) - s.unit_begin;
+      s.seq = seq_, s.slot = slot_, s.start = start_, s.stop = stop_, s.window = window_;
+      s.first = first(p);
+      s.last = last();
+      s.first_page = p.by_page.divide(s.first);
+      segment = s;
+    }
   }
 
  private:
-  struct Row {
-    int n;
-    int items;  // of each of its units
-    int start;  // items of the rows before it
-  };
+  __device__ int first(const EstimateScoresParams& p) const { return max(start_, p.num_sink); }
+  __device__ int last() const { return min(stop_, window_); }
 
-  __device__ int units_per_row(const EstimateScoresParams& p) const {
-    return p.num_kv_heads * head_groups;
+  // How many units of so many items lie before an item; with no division.
+  __device__ static int units_within(int item, int items) {
+    int units = 0, count = 0;
+#pragma unroll 1
+    do {
+      count =
+          __popc(__ballot_sync(0xffffffffu, (units + int(threadIdx.x % 32) + 1) * items <= item));
+      units += count;
+    } while (count == 32);
+    return units;
   }
 
-  // Sets what row n sees.
-  __device__ static void see(const EstimateScoresParams& p, int n, Segment& s) {
-    s.seq = p.query_seq[n];
-    s.start = p.ctx_starts[n];
-    s.stop = p.positions[n] + 1;
-    s.first = max(s.start, p.num_sink);
-    s.last = min(s.stop, p.window_starts[s.seq]);
-  }
-
-  __device__ int items(const EstimateScoresParams& p, int n) const {
-    Segment s;
-    see(p, n, s);
-    if (s.first >= s.last) return residents;
-    const int pages = ceil_div(s.last, p.page_size) - s.first / p.page_size;
-    return residents + pages * pieces;
-  }
-
-  // The row that an item belongs to; past the last one, a row that starts where all items end.
-  __device__ Row find(const EstimateScoresParams& p, int item) const {
-    const int lane = threadIdx.x % 32;
-    int before = 0;
-    for (int base = 0; base < p.num_rows; base += 32) {
-      const int mine = base + lane < p.num_rows ? items(p, base + lane) : 0;
-      int upto = mine * units_per_row(p);
-#pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const int below = __shfl_up_sync(0xffffffffu, upto, offset);
-        if (lane >= offset) upto += below;
+  __device__ void load(const EstimateScoresParams& p, int base) {
+    base_ = base;
+    const int lane = threadIdx.x % 32, n = base + lane;
+    items_ = 0;
+    if (n < p.num_rows) {
+      const int guess =
+          p.early ? n : 0;  // one row a sequence, or at least one sequence: in one round
+      window_ = p.window_starts[guess];
+      slot_ = p.seq_slots[guess];
+      seq_ = p.query_seq[n];
+      start_ = p.ctx_starts[n];
+      stop_ = p.positions[n] + 1;
+      if (seq_ != guess) {
+        window_ = p.window_starts[seq_];
+        slot_ = p.seq_slots[seq_];
       }
-      const unsigned past = __ballot_sync(0xffffffffu, before + upto > item);
-      if (past != 0) {
-        const int found = __ffs(past) - 1;
-        const int count = __shfl_sync(0xffffffffu, mine, found);
-        const int end = before + __shfl_sync(0xffffffffu, upto, found);
-        return {base + found, count, end - count * units_per_row(p)};
-      }
-      before += __shfl_sync(0xffffffffu, upto, 31);
+      const int first = this->first(p), last = this->last();
+      const int pages = p.by_page.divide(last + p.page_size - 1) - p.by_page.divide(first);
+      items_ = p.residents + (first < last ? pages * p.pieces : 0);
     }
-    return {p.num_rows, 0, before};
+    upto_ = items_ * p.num_kv_heads * p.head_groups;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int below = __shfl_up_sync(0xffffffffu, upto_, offset);
+      if (lane >= offset) upto_ += below;
+    }
   }
+
+  int base_ = -1;  // the first row, or nothing is loaded
+  int seq_ = 0, slot_ = 0, start_ = 0, stop_ = 0, window_ = 0;  // as in Segment
+  int items_ = 0;                                               // of each unit of the row
+  int upto_ = 0;  // of all units of the rows that are loaded, up to this one
 };
 
 }  // namespace twilight

@@ -30,7 +30,9 @@
 // NaN. int4_token: B is 16 * q alone; a token's scale and min are applied to its scores.
 //
 // Each block leaves (max, sum of exp) a head and unit. The last of a unit's blocks to arrive merges
-// them, and zeroes the count of arrivals for the next launch; nobody waits for another block.
+// them; nobody waits for a block that has not arrived. A part is a word of 64 bits that is never
+// zero, and the merger leaves zeros: so it sees for itself which parts have landed, and no block
+// has to fence its part off from its count.
 // Bytes moved at D 128: 72 a list token and KV head (64 codes, 8 scales) read, 4 a query head
 // written. Source: the SpGEMV of Twilight (arXiv 2502.02770); packing after Marlin (2408.11743).
 #include "csrc/dependent_launch.cuh"
@@ -48,60 +50,142 @@ template <int D>
 constexpr int kWarps = D > 128 ? 4 : 8;  // 16 warps an SM in 128 registers, or 8 in 255
 
 template <int D>
+constexpr int kThreads = kWarps<D> * 32;
+
+template <int D>
 constexpr int kSharedBytes = kWarps<D> * Ring<D>::kBytes + kHeads * D * int(sizeof(float));
 
-// The queries of a segment's heads, 16 times scaled, zero beyond them, as load_query reads them.
+// What a thread stages of the queries of a segment's heads, four channels at a time: 16-bit ones
+// first into registers, so that other loads can be sent after these before they are waited for.
 template <int D>
-__device__ void stage_queries(const EstimateScoresParams& p, const Segment& s, float* q) {
-  for (int i = threadIdx.x; i < kHeads * D; i += kWarps<D> * 32) {
-    const int lane = i / 4 % 32, e = i / 128 * 4 + i % 4, head = lane / 4;
-    const int channel = 2 * Lanes<D>::byte(e / 8, lane % 4) + e % 8;
-    float value = 0.0f;
-    if (head < s.heads) value = load_row(p.q, s.q_head(p, head) * D + channel, p.row_dtype);
-    q[i] = value * p.softmax_scale * 16.0f;
+class StagedQuery {
+ public:
+  __device__ void load(const EstimateScoresParams& p, const Segment& s) {
+    if (p.row_dtype == kFloat32) return;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      raw_[i] = {};
+      const int64_t at = place(p, s, i);
+      if (at >= 0)
+        raw_[i] = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p.q) + at);
+    }
   }
+
+  // 16 times scaled, zero beyond the segment's heads, as load_query reads them.
+  __device__ void store(const EstimateScoresParams& p, const Segment& s, float* q) const {
+    const float scale = 16.0f * p.softmax_scale;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const int part = i * kThreads<D> + threadIdx.x;
+      if (part >= kAll) break;
+      float4 v = {};
+      if (p.row_dtype == kBFloat16) {
+        v = {__uint_as_float(raw_[i].x << 16), __uint_as_float(raw_[i].x & 0xffff0000u),
+             __uint_as_float(raw_[i].y << 16), __uint_as_float(raw_[i].y & 0xffff0000u)};
+      } else if (p.row_dtype == kFloat16) {
+        v = {half(raw_[i].x), half(raw_[i].x >> 16), half(raw_[i].y), half(raw_[i].y >> 16)};
+      } else {
+        const int64_t at = place(p, s, i);
+        if (at >= 0) v = *reinterpret_cast<const float4*>(static_cast<const float*>(p.q) + at);
+      }
+      reinterpret_cast<float4*>(q)[part] =
+          make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
+    }
+  }
+
+ private:
+  static constexpr int kAll = kHeads * D / 4, kParts = ceil_div(kAll, kThreads<D>);
+
+  __device__ static float half(uint32_t bits) {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+  }
+
+  // Where the i-th four channels lie in q; -1 if there is nothing to load.
+  __device__ static int64_t place(const EstimateScoresParams& p, const Segment& s, int i) {
+    const int part = i * kThreads<D> + threadIdx.x, lane = part % 32, w = part / 32;
+    if (part >= kAll || lane / 4 >= s.heads) return -1;
+    return s.q_head(p, lane / 4) * D + 2 * Lanes<D>::byte(w / 2, lane % 4) + w % 2 * 4;
+  }
+
+  uint2 raw_[kParts];
+};
+
+// Leaves a head's part in each of the first lanes. As the last of the unit's blocks to arrive, then
+// puts the sum of all blocks' parts in its place, and zeros in the workspace; returns whether.
+__device__ bool merge_blocks(const EstimateScoresParams& p, const Segment& s, int first_block,
+                             int blocks, int lane, Softmax& total) {
+  using Part = unsigned long long;  // a float2: whole or not there at all, in any order
+  const auto part_of = [](float2 v) {
+    return Part(__float_as_uint(v.y)) << 32 | __float_as_uint(v.x);
+  };
+  constexpr int kRows = 32 / kHeads, kRound = 9;  // 36 blocks a round: 264 make 8 units of 33, 34
+  const int head = lane % kHeads, row = lane / kHeads;
+  volatile Part* parts = reinterpret_cast<volatile Part*>(p.workspace) +
+                         (int64_t(first_block) + s.unit) * kHeads + head;
+  unsigned* arrived = p.workspace + p.workspace_size - 1 - s.unit;
+  if (lane < s.heads) {
+    parts[(int(blockIdx.x) - first_block) * kHeads] = part_of({total.max, total.sum});
+  }
+  unsigned before = 0;
+  if (lane == 0) before = atomicAdd(arrived, 1u);
+  if (__shfl_sync(0xffffffffu, before, 0) + 1 != unsigned(blocks)) return false;
+  if (lane == 0) *arrived = 0;
+  total = Softmax();
+#pragma unroll 1
+  for (int base = row; base - row < blocks; base += kRound * kRows) {
+    Part words[kRound];
+    bool missing;
+    do {
+      missing = false;
+#pragma unroll
+      for (int i = 0; i < kRound; ++i) {
+        const int block = base + i * kRows;
+        words[i] = part_of({kLowest, 0.0f});
+        if (block < blocks && head < s.heads) words[i] = parts[block * kHeads];
+      }
+#pragma unroll
+      for (const Part word : words) missing |= word == 0;
+    } while (missing);
+    float2 values[kRound];
+#pragma unroll
+    for (int i = 0; i < kRound; ++i) {
+      const int block = base + i * kRows;
+      if (block < blocks && head < s.heads) parts[block * kHeads] = 0;
+      values[i] = {__uint_as_float(unsigned(words[i])), __uint_as_float(unsigned(words[i] >> 32))};
+    }
+    total.merge(values);
+  }
+  total.merge_lanes<kHeads>();
+  return true;
 }
 
 // By one warp: merges the warps' parts, one a head, and, as the last of the unit's blocks, theirs.
 template <int kWarps>
 __device__ void finish(const EstimateScoresParams& p, const Schedule& schedule, const Segment& s,
                        const float2 (&parts)[kWarps][kHeads], int lane) {
-  Softmax total;
+  constexpr int kRows = 32 / kHeads;
   const int head = lane % kHeads;
+  float2 mine[kWarps / kRows];
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) total.merge(parts[w][head].x, parts[w][head].y);
-  const int first_block = schedule.owner(s.unit_begin);
-  const int blocks = schedule.owner(s.unit_end - 1) + 1 - first_block;
-  if (blocks > 1) {
-    unsigned* arrived = p.workspace + p.workspace_size - 1 - s.unit;
-    float2* partials = reinterpret_cast<float2*>(p.workspace);
-    const int64_t unit_slot = first_block + s.unit;
-    if (lane < kHeads) {
-      partials[(int64_t(blockIdx.x) + s.unit) * kHeads + head] = make_float2(total.max, total.sum);
-    }
-    __threadfence();
-    __syncwarp();
-    unsigned before = 0;
-    if (lane == 0) before = atomicAdd(arrived, 1u);
-    before = __shfl_sync(0xffffffffu, before, 0);
-    if (before + 1 != unsigned(blocks)) return;
-    __threadfence();
-    if (lane == 0) *arrived = 0;
-    total = Softmax();
-    for (int i = lane / kHeads; i < blocks; i += 32 / kHeads) {
-      const float2 part = __ldcg(partials + (unit_slot + i) * kHeads + head);
-      total.merge(part.x, part.y);
-    }
-    total.merge_lanes(8);
-    total.merge_lanes(16);
+  for (int i = 0; i < kWarps / kRows; ++i) mine[i] = parts[i * kRows + lane / kHeads][head];
+  Softmax total;
+  total.merge(mine);
+  total.merge_lanes<kHeads>();
+  bool last = true;
+  if (!s.is_whole_unit()) {
+    const int owner = schedule.owner(lane == 0 ? s.unit_begin : s.unit_end - 1);
+    const int first_block = __shfl_sync(0xffffffffu, owner, 0);
+    const int blocks = __shfl_sync(0xffffffffu, owner, 1) + 1 - first_block;
+    last = merge_blocks(p, s, first_block, blocks, lane, total);
   }
-  if (lane < s.heads) {
+  if (last && lane < s.heads) {
     p.lse[s.q_head(p, head)] = total.sum > 0 ? total.max + logf(total.sum) : -INFINITY;
   }
+  __syncwarp();
 }
 
 template <int D, bool kPerToken>
-__global__ void __launch_bounds__(kWarps<D> * 32, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads<D>, kBlocksPerSm)
     estimate_scores_kernel(const __grid_constant__ EstimateScoresParams p) {
   extern __shared__ __align__(128) uint8_t memory[];
   __shared__ float2 parts[kWarps<D>][kHeads];
@@ -112,54 +196,61 @@ __global__ void __launch_bounds__(kWarps<D> * 32, kBlocksPerSm)
   float* q = reinterpret_cast<float*>(memory + kWarps<D> * Ring<D>::kBytes);
   const Ring<D> ring(memory + warp * Ring<D>::kBytes, lane);
   let_next_start();
-  wait_for_inputs();
+  if (!p.early) wait_for_inputs();
   if (warp == 0) {
-    const Schedule made = Schedule::make(p, kWarps<D>);
+    Rows rows;
+    const Schedule made = Schedule::make(p, rows.count_items(p), kWarps<D>);
+    rows.find(p, made.begin(blockIdx.x), made.begin(blockIdx.x + 1), s);
     if (lane == 0) schedule = made;
   }
-  __syncthreads();
-  if (blockIdx.x >= schedule.blocks) return;
-  const int stop = schedule.begin(blockIdx.x + 1);
-  for (int at = schedule.begin(blockIdx.x); at < stop;) {
-    if (warp == 0) {
-      const Segment next = schedule.segment(p, at, stop);
-      if (lane == 0) s = next;
-    }
+  for (bool waited = !p.early;; waited = true) {
     __syncthreads();
-    at += s.end - s.begin;
-    const int first = s.begin + warp;
-    ListWarp<D, kPerToken> pages(p, schedule, s, ring, first, kWarps<D>, lane);
+    if (s.begin == s.end) break;
+    const int first = s.begin + warp, residents = min(s.end, p.residents);
+    StagedQuery<D> query;
+    if (waited) query.load(p, s);
+    for (int i = first; i < residents; i += kWarps<D>) prefetch_residents<D>(p, s, i, lane);
+    const Schedule items{p.residents, p.pieces};  // all that pages need, and in no registers
+    ListWarp<D, kPerToken> pages(p, items, s, ring, first, kWarps<D>, lane);
     pages.start();
-    stage_queries<D>(p, s, q);
+    if (!waited) {  // until here: metadata, pages of list tokens and hints (dependent_launch.cuh)
+      wait_for_inputs();
+      query.load(p, s);
+    }
+    query.store(p, s, q);
     __syncthreads();
     Softmax state[2];
-    for (int i = first; i < min(s.end, schedule.residents); i += kWarps<D>) {
+    for (int i = first; i < residents; i += kWarps<D>) {
       resident_scores<D>(p, s, i, q, lane, state);
     }
     pages.run(q, state);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int mask = 4; mask < 32; mask *= 2) state[i].merge_lanes(mask);
+      state[i].template merge_lanes<4>();
       if (lane < 4) parts[warp][lane * 2 + i] = make_float2(state[i].max, state[i].sum);
     }
     __syncthreads();
-    if (warp == 0) finish<kWarps<D>>(p, schedule, s, parts, lane);
+    if (warp == 0) {
+      finish<kWarps<D>>(p, schedule, s, parts, lane);
+      Rows().find(p, s.unit_begin + s.end, schedule.begin(blockIdx.x + 1), s);
+    }
   }
+  wait_for_inputs();  // for blocks without work: the kernel ends no sooner than those before it
 }
 
 template <int D, bool kPerToken>
-cudaError_t launch(const EstimateScoresParams& p, int num_sms, cudaStream_t stream) {
+cudaError_t launch(EstimateScoresParams& p, int num_sms, cudaStream_t stream) {
   const auto kernel = estimate_scores_kernel<D, kPerToken>;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<D>);
   if (status != cudaSuccess) return status;
   const int blocks = min(kMostBlocks, kBlocksPerSm * num_sms);
-  return launch_dependent(kernel, blocks, kWarps<D> * 32, kSharedBytes<D>, stream, 1, p);
+  p.by_blocks = Divisor::of(blocks);
+  return launch_dependent(kernel, blocks, kThreads<D>, kSharedBytes<D>, stream, 1, p);
 }
 
 template <int... kHeadDims>
-cudaError_t launch_any(const EstimateScoresParams& p, int num_sms, cudaStream_t stream) {
+cudaError_t launch_any(EstimateScoresParams& p, int num_sms, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
   ((p.head_dim == kHeadDims && (status = p.per_token ? launch<kHeadDims, true>(p, num_sms, stream)
                                                      : launch<kHeadDims, false>(p, num_sms, stream),
@@ -174,8 +265,7 @@ bool aligned(const void* at, int64_t bytes) {
 
 }  // namespace
 
-// Partials from the front, counts of arrivals from the back: steps of fewer rows, which use less of
-// both, never put the one where the other is.
+// Parts from the front, counts of arrivals from the back.
 int64_t estimate_scores_workspace(int num_rows, int num_kv_heads, int group) {
   const int64_t units = int64_t(num_rows) * num_kv_heads * ceil_div(group, kHeads);
   return (kMostBlocks + units) * kHeads * 2 + units;
@@ -186,6 +276,12 @@ cudaError_t launch_estimate_scores(EstimateScoresParams p, cudaStream_t stream) 
   int device = 0, num_sms = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  p.head_groups = ceil_div(p.group, kHeads);
+  p.residents = max(1, ceil_div(p.num_sink + p.window_rows, kResidentTokens));
+  p.pieces = ceil_div(p.page_size, kPieceTokens);
+  p.by_page = Divisor::of(p.page_size);
+  p.by_window = Divisor::of(max(1, p.window_rows));
+  p.by_groups = Divisor::of(p.head_groups);
   p.vector_codes = aligned(p.k_codes, p.codes_page_stride | p.page_size * (p.head_dim / 2));
   p.vector_scores = aligned(p.scores, 4 * (p.capacity | p.page_size));
   return launch_any<64, 80, 96, 128, 256>(p, num_sms, stream);

@@ -8,8 +8,9 @@
 // at a time, 8 channels (16 bytes of 16-bit rows) a lane; lanes beyond D / 8 idle. Grids over D
 // (V; K int4_token) close inside a group by shuffles, and codes come from registers. Grids over
 // the page (K int4_channel) close through shared memory, then the block reads its K a second time,
-// from L1 or L2. Every float step is pinned (no contraction), so codes equal the reference's bit
-// for bit.
+// from L1 or L2. K and V have nothing in common, and may be two blocks' work. Every float step is
+// pinned (no contraction) and a quotient is rounded as a division's is, so codes equal the
+// reference's bit for bit.
 #pragma once
 
 #include "csrc/common.cuh"
@@ -17,11 +18,23 @@
 
 namespace twilight {
 
-constexpr int kPageThreads = 256;                     // of a block
-constexpr int kVector = 8;                            // channels a lane owns
-constexpr int kMaxPartials = kPageThreads * kVector;  // groups * D at most
+constexpr int kVector = 8;  // channels a lane owns
 constexpr int kMaxHeadDim = 256;
 constexpr float kHalfMax = 65504.0f;
+constexpr float kBeyondGrid = 1 << 20;  // more than 15.5 of the largest scale, 65504 / 7.5
+constexpr float kRound = 12582912.0f;   // 1.5 * 2^23: a sum with it ends in the nearest integer
+
+// a / b, rounded to nearest, with inverse = 1 / b rounded to nearest: two corrections by exact
+// remainders. Unlike __fdiv_rn it has no branch, which that takes for every a = 0; b and a / b are
+// far from overflow here, and where a / b is denormal, any small value does.
+__device__ __forceinline__ float divide(float a, float b, float inverse) {
+  float quotient = __fmul_rn(a, inverse);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    quotient = __fmaf_rn(__fmaf_rn(-quotient, b, a), inverse, quotient);
+  }
+  return quotient;
+}
 
 // Both saturate at +-65504 and give +0 for zeros.
 __device__ inline __half half_down(float x) {
@@ -41,17 +54,29 @@ __device__ inline Grid make_grid(float lo, float hi) {
   hi = fminf(fmaxf(hi, -kHalfMax), kHalfMax);
   const __half minimum = half_down(lo);
   const float low = __half2float(minimum);
-  __half scale = half_up(__fdiv_rn(__fsub_rn(hi, low), 15.0f));
-  const double top = static_cast<double>(low) + 15.0 * static_cast<double>(__half2float(scale));
-  if (top < static_cast<double>(hi)) scale = __ushort_as_half(__half_as_ushort(scale) + 1);
+  __half scale = half_up(divide(__fsub_rn(hi, low), 15.0f, 1.0f / 15.0f));
+  // min + 15 scale < hi, exactly: rounding down does not move it past a float.
+  const bool is_short = __fmaf_rd(15.0f, __half2float(scale), low) < hi;
+  if (is_short) scale = __ushort_as_half(__half_as_ushort(scale) + 1);
   return {scale, minimum};
 }
 
-__device__ __forceinline__ uint32_t encode(float x, float scale, float minimum) {
-  if (scale == 0.0f) return 0;
-  const float code = rintf(__fdiv_rn(__fsub_rn(x, minimum), scale));
-  return static_cast<uint32_t>(fminf(fmaxf(code, 0.0f), 15.0f));
-}
+// What encodes the values of a grid.
+struct Encoder {
+  float minimum, scale, inverse;
+
+  Encoder() = default;
+  __device__ explicit Encoder(const Grid& grid)
+      : minimum(__half2float(grid.minimum)), scale(__half2float(grid.scale)) {
+    inverse = scale == 0.0f ? 0.0f : __frcp_rn(scale);
+  }
+
+  __device__ __forceinline__ uint32_t encode(float x) const {
+    const float above = fminf(fmaxf(__fsub_rn(x, minimum), 0.0f), kBeyondGrid);
+    const float code = fminf(divide(above, scale, inverse), 15.0f);
+    return __float_as_uint(__fadd_rn(code, kRound)) & 15;
+  }
+};
 
 template <typename T>
 __device__ __forceinline__ void load_vector(const T* p, float (&x)[kVector]) {
@@ -86,9 +111,16 @@ struct Lanes {
     width = vectors <= 8 ? 8 : vectors <= 16 ? 16 : 32;
     vec = threadIdx.x % width;
     group = threadIdx.x / width;
-    groups = kPageThreads / width;
+    groups = blockDim.x / width;
     active = vec < vectors;
   }
+};
+
+// Shared memory of a block of up to kThreads threads.
+template <int kThreads>
+struct PageScratch {
+  float partials[2][kThreads * kVector];  // by group and channel
+  alignas(16) float minima[kMaxHeadDim], scales[kMaxHeadDim], inverses[kMaxHeadDim];
 };
 
 // Codes of every token over its own grid and, if wanted, the sums of each channel over the lane's
@@ -96,45 +128,53 @@ struct Lanes {
 template <typename T>
 __device__ void encode_tokens(const Rows<T>& rows, const Lanes& lanes, int page_size, int head_dim,
                               uint8_t* codes, __half2* grids, float (&sums)[kVector]) {
-  for (int base = 0; base < page_size; base += lanes.groups) {
-    const int token = base + lanes.group;
-    const bool mine = lanes.active && token < page_size;
-    float x[kVector];
-    float lo = INFINITY, hi = -INFINITY;
-    if (mine) {
-      load_vector(rows.at(token, lanes.vec), x);
+  constexpr int kAhead = 2;  // tokens a group asks for at once
+  for (int base = lanes.group; base - lanes.group < page_size; base += kAhead * lanes.groups) {
+    float x[kAhead][kVector], lo[kAhead], hi[kAhead];
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        lo = fminf(lo, x[i]);
-        hi = fmaxf(hi, x[i]);
-        sums[i] += x[i];
-      }
+    for (int i = 0; i < kAhead; ++i) {
+      const int token = base + i * lanes.groups;
+      if (lanes.active && token < page_size) load_vector(rows.at(token, lanes.vec), x[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      lo[i] = INFINITY, hi[i] = -INFINITY;
+      if (!lanes.active || base + i * lanes.groups >= page_size) continue;
+#pragma unroll
+      for (const float value : x[i]) lo[i] = fminf(lo[i], value), hi[i] = fmaxf(hi[i], value);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) sums[j] += x[i][j];
     }
     if (codes == nullptr) continue;
+#pragma unroll 1
     for (int offset = lanes.width / 2; offset > 0; offset /= 2) {
-      lo = fminf(lo, __shfl_xor_sync(0xffffffffu, lo, offset));
-      hi = fmaxf(hi, __shfl_xor_sync(0xffffffffu, hi, offset));
-    }
-    if (!mine) continue;
-    const Grid grid = make_grid(lo, hi);
-    const float scale = __half2float(grid.scale), minimum = __half2float(grid.minimum);
-    uint32_t packed = 0;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) packed |= encode(x[i], scale, minimum) << (4 * i);
-    const int64_t byte = static_cast<int64_t>(token) * (head_dim / 2) + lanes.vec * (kVector / 2);
-    *reinterpret_cast<uint32_t*>(codes + byte) = packed;
-    if (lanes.vec == 0) grids[token] = __half2(grid.scale, grid.minimum);
+      for (int i = 0; i < kAhead; ++i) {
+        lo[i] = fminf(lo[i], __shfl_xor_sync(0xffffffffu, lo[i], offset));
+        hi[i] = fmaxf(hi[i], __shfl_xor_sync(0xffffffffu, hi[i], offset));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t token = base + i * lanes.groups;
+      if (!lanes.active || token >= page_size) continue;
+      const Grid grid = make_grid(lo[i], hi[i]);
+      const Encoder encoder(grid);
+      uint32_t packed = 0;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) packed |= encoder.encode(x[i][j]) << (4 * j);
+      *reinterpret_cast<uint32_t*>(codes + token * (head_dim / 2) + lanes.vec * (kVector / 2)) =
+          packed;
+      if (lanes.vec == 0) grids[token] = __half2(grid.scale, grid.minimum);
+    }
   }
 }
 
 // Codes of every token over its channels' grids, which span the page.
-template <typename T>
+template <typename T, int kThreads>
 __device__ void encode_channels(const Rows<T>& rows, const Lanes& lanes, int page_size,
                                 int head_dim, uint8_t* codes, __half* grids,
-                                float (&partial_lo)[kMaxPartials],
-                                float (&partial_hi)[kMaxPartials]) {
-  __shared__ float scales[kMaxHeadDim];
-  __shared__ float minima[kMaxHeadDim];
+                                PageScratch<kThreads>& scratch) {
   float x[kVector], lo[kVector], hi[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
@@ -152,34 +192,44 @@ __device__ void encode_channels(const Rows<T>& rows, const Lanes& lanes, int pag
     }
   }
   if (lanes.active) {
+    const int at = lanes.group * head_dim + lanes.vec * kVector;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      partial_lo[lanes.group * head_dim + lanes.vec * kVector + i] = lo[i];
-      partial_hi[lanes.group * head_dim + lanes.vec * kVector + i] = hi[i];
+      scratch.partials[0][at + i] = lo[i];
+      scratch.partials[1][at + i] = hi[i];
     }
   }
   __syncthreads();
-  for (int d = threadIdx.x; d < head_dim; d += kPageThreads) {
+  for (int d = threadIdx.x; d < head_dim; d += blockDim.x) {
     float low = INFINITY, high = -INFINITY;
+#pragma unroll 8
     for (int g = 0; g < lanes.groups; ++g) {
-      low = fminf(low, partial_lo[g * head_dim + d]);
-      high = fmaxf(high, partial_hi[g * head_dim + d]);
+      low = fminf(low, scratch.partials[0][g * head_dim + d]);
+      high = fmaxf(high, scratch.partials[1][g * head_dim + d]);
     }
     const Grid grid = make_grid(low, high);
     grids[d] = grid.scale;
     grids[head_dim + d] = grid.minimum;
-    scales[d] = __half2float(grid.scale);
-    minima[d] = __half2float(grid.minimum);
+    const Encoder encoder(grid);
+    scratch.minima[d] = encoder.minimum;
+    scratch.scales[d] = encoder.scale;
+    scratch.inverses[d] = encoder.inverse;
   }
   __syncthreads();
+  if (!lanes.active) return;
+  Encoder encoders[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const int d = lanes.vec * kVector + i;
+    encoders[i].minimum = scratch.minima[d];
+    encoders[i].scale = scratch.scales[d];
+    encoders[i].inverse = scratch.inverses[d];
+  }
   for (int token = lanes.group; token < end; token += lanes.groups) {
     load_vector(rows.at(token, lanes.vec), x);
     uint32_t packed = 0;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const int d = lanes.vec * kVector + i;
-      packed |= encode(x[i], scales[d], minima[d]) << (4 * i);
-    }
+    for (int i = 0; i < kVector; ++i) packed |= encoders[i].encode(x[i]) << (4 * i);
     const int64_t byte = static_cast<int64_t>(token) * (head_dim / 2) + lanes.vec * (kVector / 2);
     *reinterpret_cast<uint32_t*>(codes + byte) = packed;
   }
@@ -190,13 +240,14 @@ template <typename T>
 __device__ void bound_runs(const Rows<T>& rows, int page_size, int head_dim, __half* bounds) {
   const int vectors = head_dim / kVector;
   const int runs = (page_size + kQuestBlock - 1) / kQuestBlock;
-  for (int i = threadIdx.x; i < runs * vectors; i += kPageThreads) {
+  for (int i = threadIdx.x; i < runs * vectors; i += blockDim.x) {
     const int run = i / vectors, vec = i % vectors;
     float x[kVector], lo[kVector], hi[kVector];
     load_vector(rows.at(run * kQuestBlock, vec), x);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) lo[j] = hi[j] = x[j];
     const int end = min((run + 1) * kQuestBlock, page_size);
+#pragma unroll 4
     for (int token = run * kQuestBlock + 1; token < end; ++token) {
       load_vector(rows.at(token, vec), x);
 #pragma unroll
@@ -214,44 +265,50 @@ __device__ void bound_runs(const Rows<T>& rows, int page_size, int head_dim, __h
   }
 }
 
-// All threads of a block call it; before they call it again, they must meet at a barrier.
-template <typename T>
-__device__ void index_page(const Rows<T>& k, const Rows<T>& v, int page, int head,
-                           const IndexPagesParams& p) {
-  __shared__ float partial_lo[kMaxPartials];
-  __shared__ float partial_hi[kMaxPartials];
+// These two are called by all threads of a block, one after the other or one alone; before either
+// is called again, the threads meet at a barrier.
+template <typename T, int kThreads>
+__device__ void index_keys(const Rows<T>& k, int page, int head, const IndexPagesParams& p,
+                           PageScratch<kThreads>& scratch) {
   const int size = p.page_size, dim = p.head_dim;
   const int64_t record = static_cast<int64_t>(page) * p.num_kv_heads + head;
-  const int64_t codes = record * size * (dim / 2);
-  const Lanes lanes(dim);
-
+  uint8_t* codes = p.k_codes + record * size * (dim / 2);
   __half* k_scale = static_cast<__half*>(p.k_scale);
+  const Lanes lanes(dim);
   if (p.k_bounds == nullptr) {
-    encode_channels(k, lanes, size, dim, p.k_codes + codes, k_scale + record * 2 * dim, partial_lo,
-                    partial_hi);
+    encode_channels(k, lanes, size, dim, codes, k_scale + record * 2 * dim, scratch);
   } else {
     float unused[kVector] = {};
     __half2* grids = reinterpret_cast<__half2*>(k_scale) + record * size;
-    encode_tokens(k, lanes, size, dim, p.k_codes + codes, grids, unused);
+    encode_tokens(k, lanes, size, dim, codes, grids, unused);
     const int64_t runs = (size + kQuestBlock - 1) / kQuestBlock;
     bound_runs(k, size, dim, static_cast<__half*>(p.k_bounds) + record * runs * 2 * dim);
   }
+}
 
+template <typename T, int kThreads>
+__device__ void index_values(const Rows<T>& v, int page, int head, const IndexPagesParams& p,
+                             PageScratch<kThreads>& scratch) {
+  const int size = p.page_size, dim = p.head_dim;
+  const int64_t record = static_cast<int64_t>(page) * p.num_kv_heads + head;
+  const Lanes lanes(dim);
   float sums[kVector] = {};
   const bool with_codes = p.v_codes != nullptr;
-  encode_tokens(v, lanes, size, dim, with_codes ? p.v_codes + codes : nullptr,
+  encode_tokens(v, lanes, size, dim, with_codes ? p.v_codes + record * size * (dim / 2) : nullptr,
                 with_codes ? static_cast<__half2*>(p.v_scale) + record * size : nullptr, sums);
   // K's partials were last read before the barrier that ends their reduction.
+  float* partials = scratch.partials[0];
   if (lanes.active) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      partial_lo[lanes.group * dim + lanes.vec * kVector + i] = sums[i];
+      partials[lanes.group * dim + lanes.vec * kVector + i] = sums[i];
     }
   }
   __syncthreads();
-  for (int d = threadIdx.x; d < dim; d += kPageThreads) {
+  for (int d = threadIdx.x; d < dim; d += blockDim.x) {
     float sum = 0.0f;
-    for (int g = 0; g < lanes.groups; ++g) sum += partial_lo[g * dim + d];
+#pragma unroll 8
+    for (int g = 0; g < lanes.groups; ++g) sum += partials[g * dim + d];
     const float mean = fminf(fmaxf(sum / size, -kHalfMax), kHalfMax);
     static_cast<__half*>(p.v_mean)[record * dim + d] = __float2half_rn(mean);
   }

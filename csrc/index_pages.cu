@@ -10,10 +10,12 @@
 namespace twilight {
 namespace {
 
+constexpr int kThreads = 256;
+
 template <typename T>
-__global__ void __launch_bounds__(kPageThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     index_pages_kernel(StagedPagesParams s, IndexPagesParams index) {
-  let_next_start();
+  __shared__ PageScratch<kThreads> scratch;
   wait_for_inputs();
   const int m = blockIdx.x, h = blockIdx.y;
   const int page = s.page_ids[m];
@@ -22,7 +24,10 @@ __global__ void __launch_bounds__(kPageThreads)
                   s.k_strides[1]};
   const Rows<T> v{static_cast<const T*>(s.v) + m * s.v_strides[0] + h * s.v_strides[2],
                   s.v_strides[1]};
-  index_page(k, v, page, h, index);
+  index_keys(k, page, h, index, scratch);
+  index_values(v, page, h, index, scratch);
+  __threadfence();
+  let_next_start();  // not before: estimate_scores may read pages before it waits
 }
 
 }  // namespace
@@ -31,7 +36,7 @@ cudaError_t launch_index_pages(const StagedPagesParams& source, const IndexPages
                                cudaStream_t stream) {
   const dim3 grid(source.num_pages, index.num_kv_heads);
   return TWILIGHT_DISPATCH_ROW(index.dtype, T, {
-    return launch_dependent(index_pages_kernel<T>, grid, dim3(kPageThreads), 0, stream, 1, source,
+    return launch_dependent(index_pages_kernel<T>, grid, dim3(kThreads), 0, stream, 1, source,
                             index);
   });
 }

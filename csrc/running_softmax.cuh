@@ -17,15 +17,33 @@ struct Softmax {
     sum = sum * __expf(max - top) + count * __expf(value - top);
     max = top;
   }
-  __device__ void merge(float other_max, float other_sum) {
-    const float top = fmaxf(max, other_max);
-    sum = sum * __expf(max - top) + other_sum * __expf(other_max - top);
+
+  // parts: pairs of max and sum.
+  template <int kCount>
+  __device__ void merge(const float2 (&parts)[kCount]) {
+    float top = max;
+#pragma unroll
+    for (const float2& part : parts) top = fmaxf(top, part.x);
+    sum *= __expf(max - top);
+#pragma unroll
+    for (const float2& part : parts) sum += part.y * __expf(part.x - top);
     max = top;
   }
-  __device__ void merge_lanes(int mask) {
-    const float other_max = __shfl_xor_sync(0xffffffffu, max, mask);
-    const float other_sum = __shfl_xor_sync(0xffffffffu, sum, mask);
-    merge(other_max, other_sum);
+
+  // Merges the states of the lanes that are equal modulo kFirst; each of them gets the result.
+  template <int kFirst>
+  __device__ void merge_lanes() {
+    float top = max;
+#pragma unroll
+    for (int mask = kFirst; mask < 32; mask *= 2) {
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, mask));
+    }
+    sum *= __expf(max - top);
+#pragma unroll
+    for (int mask = kFirst; mask < 32; mask *= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+    }
+    max = top;
   }
 };
 

@@ -230,6 +230,7 @@ def estimate_scores(
     by_token: bool,
     row_dtype: int,
     per_token: bool,
+    early: bool,
     drop: bool,
     softmax_scale: float,
     codes_page_stride: int,

@@ -8,6 +8,7 @@ from tests.compare import compare
 from tests.ops.graded_case import GradedCase, make_case
 from tests.ops.step_meta import make_meta
 from twilight_engine.layout import StepMeta, num_blocks
+from twilight_engine.ops.append_rows import append_rows
 from twilight_engine.ops.estimate_scores import allocate_workspace, estimate_scores
 from twilight_engine.reference.estimate_errors import estimate_errors
 from twilight_engine.reference.estimate_scores import estimate_scores as reference
@@ -215,6 +216,7 @@ def test_workspace_serves_any_number_of_steps() -> None:
     for lengths in ([3000, 90, 1, 700], [9000], [40, 40]):
         case = make_case(make_meta(device, lengths, page_size=16), group=6)
         check(case, workspace=workspace)
+        assert not workspace.any()
     scores = torch.empty(2, 12, case.meta.max_len, device=device)
     lse = torch.empty(2, 12, device=device)
     arguments = (case.q, case.index, case.windows, case.meta)
@@ -232,6 +234,35 @@ def test_workspace_serves_any_number_of_steps() -> None:
         lse.zero_()
         graph.replay()
         assert torch.equal(lse, expected)
+    assert not workspace.any()
+
+
+@pytest.mark.gpu
+def test_right_behind_an_append_that_completes_pages() -> None:
+    """It may start before the append has ended, and then sees the rows and pages that it writes."""
+    meta = make_meta(torch.device("cuda"), [64 * 9, 64 * 40], page_size=64, num_recent=128)
+    case = make_case(meta, head_dim=128, dtype=torch.bfloat16)
+    pages = case.index.k_codes.shape[0]
+    host = torch.empty(2, pages, 64, 256, dtype=torch.bfloat16, pin_memory=True)
+    k, v = torch.randn(2, 2, 2, 128, device="cuda").bfloat16()
+    workspace = allocate_workspace(2, 4, 2, meta.positions.device)
+    scores = torch.full((2, 4, meta.max_len), SENTINEL, device="cuda")
+    lse = torch.empty(2, 4, device="cuda")
+    arguments = (case.q, case.index, case.windows, meta)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            append_rows(k, v, case.windows, host, meta, index=case.index)
+            estimate_scores(
+                *arguments, softmax_scale=0.1, scores=scores, lse=lse, workspace=workspace
+            )
+    for _ in range(20):
+        k.normal_()
+        graph.replay()
+        expected = torch.full_like(scores, SENTINEL)
+        _, expected_lse = reference(*arguments, softmax_scale=0.1, scores=expected)
+        compare(scores, expected, step_dtype=torch.float32, factor=FACTOR["cuda"])
+        compare(lse, expected_lse, step_dtype=torch.float32, factor=FACTOR["cuda"])
 
 
 @pytest.mark.gpu

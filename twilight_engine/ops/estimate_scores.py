@@ -92,6 +92,16 @@ def _check_workspace(workspace: Tensor, size: int) -> None:
         raise ValueError(f"workspace holds {workspace.numel()} elements; it needs {size}")
 
 
+def _may_start_early(windows: Windows, meta: StepMeta, candidates: Tensor | None) -> bool:
+    """Whether the kernel may read the index before the kernels before it have ended.
+
+    In a plain decode step they write none of it: csrc/dependent_launch.cuh has the reasons. A ring
+    of less than two pages cannot hold a page that the step completes besides an open one.
+    """
+    one_row_each = meta.num_queries == meta.num_seqs
+    return candidates is None and one_row_each and windows.window_rows >= 2 * meta.page_size
+
+
 def _launch(
     q: Tensor,
     index: IndexPages,
@@ -146,6 +156,7 @@ def _launch(
         by_token=candidates is not None and block == 1,
         row_dtype=launch.row_dtype("q", q),
         per_token=index.k_index == "int4_token",
+        early=_may_start_early(windows, meta, candidates),
         drop=left_out == "drop",
         softmax_scale=softmax_scale,
         codes_page_stride=index.k_codes.stride(0),
@@ -180,7 +191,9 @@ def estimate_scores(
 
     Args:
         q: [N, Hq, D] float32, float16 or bfloat16, contiguous.
-        index: the layer's index pages; list tokens lie in pages that are indexed.
+        index: the layer's index pages; list tokens lie in pages that are indexed. On a GPU, neither
+            their pages nor meta are written by the kernel just before (append_rows and index_pages
+            keep to it): csrc/dependent_launch.cuh.
         windows: the layer's resident rows, of q's dtype.
         candidates: [N, Hkv, num_blocks(max_len, block, S)] uint8 (layout.block_of); None: every
             token.
@@ -207,7 +220,7 @@ def estimate_scores(
     _check_outputs(scores, lse, errors, q, meta)
     if q.is_cuda:
         _launch(
-            q.contiguous(), index, windows, meta, softmax_scale=softmax_scale,
+            launch.aligned_rows(q.contiguous()), index, windows, meta, softmax_scale=softmax_scale,
             candidates=candidates, block=block, left_out=left_out, scores=scores, lse=lse,
             errors=errors, workspace=workspace,
         )  # fmt: skip
