@@ -267,9 +267,14 @@ __device__ __forceinline__ void narrow(Target& target, SelectShared& shared,
 // Adds the run's weights that begin with an open target's bits to its histogram.
 template <bool kPlain>
 __device__ __forceinline__ void add_matching(const Run& run, const Adder<kPlain>& adder) {
-  const int tiles = hold(run.tiles);
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) adder.add(run.load(tile));
+  for (int tile = 0, left = run.tiles; left > 0; ++tile, --left) {
+    const int4 bits = run.load(tile);
+    adder.add(bits.x);
+    adder.add(bits.y);
+    adder.add(bits.z);
+    adder.add(bits.w);
+  }
 }
 
 // Narrows both targets to their thresholds. The first histograms hold the run's weights already;

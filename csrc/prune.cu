@@ -28,9 +28,10 @@ namespace twilight {
 namespace {
 
 constexpr int kThreads = 512;         // two blocks a multiprocessor, of 64 registers a thread
-constexpr int kMostThreads = 1024;    // where the grid has no more blocks than multiprocessors
+constexpr int kMostThreads = 1024;    // where all clusters run at once, one block a multiprocessor
 constexpr int kPortableRanks = 8;     // blocks of a cluster that every device can schedule
-constexpr int kTokensPerRank = 2048;  // fewer are not worth another block
+constexpr int kFewRanks = 4;          // fewer blocks of kMostThreads leave too much to each
+constexpr int kTokensPerRank = 4096;  // a tile for each of 32 warps; fewer do not pay another block
 constexpr int kBlocksWanted = 264;    // two a multiprocessor of an H100; beyond, smaller clusters
 
 struct Shared {
@@ -188,23 +189,30 @@ int tiles_of_run(const PruneParams& p, int ranks, int threads) {
   return (tokens + kTile - 1) / kTile;
 }
 
-// Clusters of kMostRanks blocks that the device runs at once, of `bytes` of shared memory a block.
-template <typename Kernel>
-int clusters_at_once(Kernel kernel, int bytes) {
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kMostRanks, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kMostRanks);
-  config.blockDim = dim3(kMostThreads);
-  config.dynamicSmemBytes = bytes;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  int count = 0;
-  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) return count;
-  cudaGetLastError();
-  return 0;
-}
+// Clusters that the device runs at once, by their blocks of kMostThreads.
+struct AtOnce {
+  int clusters[kMostRanks + 1] = {};
+
+  template <typename Kernel>
+  AtOnce(Kernel kernel, int bytes) {
+    for (unsigned ranks = 1; ranks <= kMostRanks; ++ranks) {
+      cudaLaunchAttribute cluster{};
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {ranks, 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(ranks);
+      config.blockDim = dim3(kMostThreads);
+      config.dynamicSmemBytes = bytes;
+      config.attrs = &cluster;
+      config.numAttrs = 1;
+      int& count = clusters[ranks];
+      if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+        count = 0;
+        cudaGetLastError();
+      }
+    }
+  }
+};
 
 // Shared memory of a block but for the tiles.
 int fixed_bytes(const PruneParams& p, int ranks) {
@@ -215,7 +223,15 @@ int64_t bytes_of_tiles(int tiles, int threads) {
   return int64_t(tiles) * threads * (kTile / 32) * sizeof(int);
 }
 
-Plan plan_launch(const PruneParams& p, int most_ranks, int most_bytes) {
+// The largest clusters that all run at once, if they are large enough; else 0.
+int ranks_at_once(const PruneParams& p, const AtOnce& at_once) {
+  const int useful = (p.max_len + kTokensPerRank - 1) / kTokensPerRank;
+  int ranks = max(1, min(useful, kMostRanks));
+  while (ranks > 0 && at_once.clusters[ranks] < p.num_rows * p.num_kv_heads) --ranks;
+  return ranks >= min(useful, kFewRanks) ? ranks : 0;
+}
+
+Plan plan_launch(const PruneParams& p, const AtOnce* at_once, int most_bytes) {
   const int half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
                    attribute(cudaDevAttrReservedSharedMemoryPerBlock);
   const int rows = p.num_rows * p.num_kv_heads;
@@ -224,11 +240,16 @@ Plan plan_launch(const PruneParams& p, int most_ranks, int most_bytes) {
     const int tiles = tiles_of_run(p, plan.ranks, kThreads);
     return fixed_bytes(p, plan.ranks) + bytes_of_tiles(tiles, kThreads) <= half;
   };
-  while (plan.ranks < most_ranks && plan.ranks * kTokensPerRank < p.max_len &&
-         (2 * plan.ranks * rows <= kBlocksWanted || !fits_half())) {
-    plan.ranks *= 2;
+  const int single_wave = at_once == nullptr ? 0 : ranks_at_once(p, *at_once);
+  if (single_wave > 0) {
+    plan.ranks = single_wave;
+    plan.threads = kMostThreads;
+  } else if (at_once != nullptr) {
+    while (plan.ranks < kPortableRanks && plan.ranks * kTokensPerRank < p.max_len &&
+           (2 * plan.ranks * rows <= kBlocksWanted || !fits_half())) {
+      plan.ranks *= 2;
+    }
   }
-  if (rows * plan.ranks <= attribute(cudaDevAttrMultiProcessorCount)) plan.threads = kMostThreads;
   const int fixed = fixed_bytes(p, plan.ranks);
   plan.kept_tiles = min(tiles_of_run(p, plan.ranks, plan.threads),
                         int((most_bytes - fixed) / bytes_of_tiles(1, plan.threads)));
@@ -242,17 +263,16 @@ template <bool kPlain, bool kWhole>
 cudaError_t launch(const PruneParams& p, cudaStream_t stream) {
   const auto kernel = prune_kernel<kPlain, kWhole>;
   const int most_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const bool clusters = attribute(cudaDevAttrClusterLaunch);
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
-  int most_ranks = 1;
-  if (status == cudaSuccess && attribute(cudaDevAttrClusterLaunch)) {
+  if (status == cudaSuccess && clusters) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    static const int at_once = clusters_at_once(kernel, most_bytes);
-    most_ranks = p.num_rows * p.num_kv_heads <= at_once ? kMostRanks : kPortableRanks;
   }
   if (status != cudaSuccess) return status;
-  const Plan plan = plan_launch(p, most_ranks, most_bytes);
-  return launch_dependent(kernel, dim3(p.num_rows * plan.ranks, p.num_kv_heads), dim3(plan.threads),
+  static const AtOnce at_once(kernel, most_bytes);
+  const Plan plan = plan_launch(p, clusters ? &at_once : nullptr, most_bytes);
+  return launch_dependent(kernel, dim3(plan.ranks, p.num_kv_heads, p.num_rows), dim3(plan.threads),
                           plan.bytes, stream, plan.ranks, p, plan);
 }
 

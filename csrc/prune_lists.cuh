@@ -150,15 +150,17 @@ __device__ __forceinline__ void store_grades(const Share& s, int t, unsigned gra
 // more than this tile and those before had, which nobody reads again. Returns the new count.
 __device__ __forceinline__ int append(const Run& run, int count, int t, unsigned chosen) {
   const unsigned below = (1u << threadIdx.x % 32) - 1;
+  const int chosen_here = __popc(chosen);
   int mine = count;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const unsigned lanes = __ballot_sync(kAllLanes, chosen >> (8 * i) & 1);
+#pragma unroll 1
+  for (int n = 1; n <= 4; ++n) {  // lanes with n or more; hardly any has two
+    const unsigned lanes = __ballot_sync(kAllLanes, chosen_here >= n);
+    if (lanes == 0) break;
     mine += __popc(lanes & below);
     count += __popc(lanes);
   }
 #pragma unroll 1
-  for (; chosen != 0; chosen &= chosen - 1) run.put(mine++, t + __ffs(chosen) / 8);
+  for (; chosen != 0; chosen &= chosen - 1) run.put(mine++, t + unsigned(__ffs(chosen)) / 8);
   return count;
 }
 
@@ -169,9 +171,8 @@ template <bool kPlain>
 __device__ __forceinline__ int collect(const Share& s, const PruneParams& p, const int (&least)[2],
                                        Tally& mine) {
   int count = 0;
-  const int tiles = hold(s.run.tiles);
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = 0, left = s.run.tiles; left > 0; ++tile, --left) {
     const int t = s.run.token(tile);
     int4 bits;
     Marks marks;

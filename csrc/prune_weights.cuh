@@ -38,7 +38,7 @@ struct Share {
   // unit: tokens that are dealt out to a warp together.
   __device__ __forceinline__ Share(const PruneParams& p, const Ranks& ranks, unsigned unit,
                                    int* tiles, const Plan& plan) {
-    const int n = blockIdx.x >> ranks.log_count();
+    const int n = blockIdx.z;  // blockIdx.x is the block's rank
     seq = p.query_seq[n];
     start = p.ctx_starts[n];
     stop = max(start, p.positions[n] + 1);
@@ -51,8 +51,8 @@ struct Share {
     deal(p, ranks, unit, tiles, plan.kept_tiles);
     first = min(max(start, p.num_sink), stop);
     window = p.window_starts[seq];
-    whole_begin = hold((max(run.begin, first) - run.origin + kTile - 1) / kTile);
-    whole_end = hold((min(run.end, list_end()) - run.origin) / kTile);
+    whole_begin = (max(run.begin, first) - run.origin + kTile - 1) / kTile;
+    whole_end = (min(run.end, list_end()) - run.origin) / kTile;
   }
   __device__ int list_end() const { return max(first, min(stop, window)); }
   __device__ bool lists(int t) const { return t >= first && t < list_end(); }
@@ -68,21 +68,26 @@ struct Share {
                                        int* tiles, int kept_tiles) {
     const unsigned from = start / unit;
     const unsigned units = (stop + unit - 1) / unit - from;
+    const unsigned count = ranks.count(), rank = ranks.rank();
+    const unsigned each = units / count, more = units - each * count;  // by block
     const unsigned in_block = threadIdx.x / 32, block_warps = blockDim.x / 32;
-    const unsigned warp = ranks.rank() * block_warps + in_block;
-    const unsigned log_warps = ranks.log_count() + __ffs(block_warps) - 1, warps = 1u << log_warps;
-    run.begin = min(stop, max(start, int((from + (warp * units >> log_warps)) * unit)));
-    run.end = min(stop, max(start, int((from + ((warp + 1) * units >> log_warps)) * unit)));
+    const unsigned log_warps = __ffs(block_warps) - 1, block_units = each + (rank < more);
+    const unsigned block_from = from + rank * each + min(rank, more);
+    const unsigned warp_from = in_block * block_units >> log_warps;
+    const unsigned warp_to = (in_block + 1) * block_units >> log_warps;
+    run.begin = min(stop, max(start, int((block_from + warp_from) * unit)));
+    run.end = min(stop, max(start, int((block_from + warp_to) * unit)));
     run.origin = run.begin / 4 * 4;
-    run.tiles = hold((run.end - run.origin + kTile - 1) / kTile);
-    const int most = ((units + warps - 1) >> log_warps) * unit;  // tokens of a warp
+    run.tiles = (run.end - run.origin + kTile - 1) / kTile;
+    const int most =
+        ((each + (more > 0) + block_warps - 1) >> log_warps) * unit;  // tokens of a warp
     tokens = min(stop - start, int(block_warps) * (most / 2 + 4));
     run.kept_tiles = kept_tiles;
     run.kept = hold(shared_address(tiles + in_block * kept_tiles * kTile));
     // Rounded up to tiles the rest of a row still fits its C floats, for what is kept is more.
     const int rest = max(0, (most + 3 + kTile - 1) / kTile - kept_tiles) * kTile;
-    run.rest =
-        reinterpret_cast<int*>(p.weights) + (row * p.capacity + 3) / 4 * 4 + int64_t(warp) * rest;
+    run.rest = reinterpret_cast<int*>(p.weights) + (row * p.capacity + 3) / 4 * 4 +
+               int64_t(rank * block_warps + in_block) * rest;
   }
 };
 
@@ -273,7 +278,7 @@ __device__ __forceinline__ LaneMasses take_weights(const Share& s, const PrunePa
   const Adder<kPlain>* by_target = kPlain || share_first(shared.targets) ? nullptr : &adder;
   int t = s.run.token(0);
 #pragma unroll 1
-  for (int tile = 0; tile < s.run.tiles; ++tile) {
+  for (int tile = 0, left = s.run.tiles; left > 0; ++tile, --left) {
     TokenSums sums;
     int skip = 0;
 #pragma unroll 1

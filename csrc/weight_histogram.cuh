@@ -13,6 +13,7 @@ constexpr int kBins = 1024;
 constexpr int kBinBits = 10;
 constexpr int kPasses = 3;  // 30 bits: those of a float in [0, 1]
 constexpr int kMassPasses = 2;
+constexpr unsigned kIndexPart = 2 * sizeof(unsigned);  // bytes to a bin's parts of that target
 constexpr int kParts = 4;            // of a bin, by lane: equal weights of a warp queue less
 constexpr int kGroups = kBins / 32;  // of bins
 constexpr int kTile = 128;           // tokens that a warp takes at once, four a lane
@@ -24,15 +25,9 @@ constexpr int kExactTarget = 0;
 constexpr int kIndexTarget = 1;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// A value that the compiler keeps, which else computes it anew at each use: in a loop with few
-// registers to spare.
-template <typename T>
-__device__ __forceinline__ T hold(T value) {
-  if constexpr (sizeof(T) == 8) {
-    asm volatile("" : "+l"(value));
-  } else {
-    asm volatile("" : "+r"(value));
-  }
+// Keeps the compiler from computing a value anew at each use in a loop.
+__device__ __forceinline__ unsigned hold(unsigned value) {
+  asm volatile("" : "+r"(value));
   return value;
 }
 
@@ -114,7 +109,7 @@ struct Rounding {
   int drop;       // bits to round off
   unsigned bias;  // the leading bit, and half a step
 
-  __device__ explicit Rounding(int drop) : drop(drop), bias(0x800000 + (1u << drop >> 1)) {}
+  __device__ explicit Rounding(int drop) : drop(drop), bias(hold(0x800000 + (1u << drop >> 1))) {}
   __device__ unsigned mantissa(int bits) const { return ((bits & 0x7fffff) + bias) >> drop; }
 };
 
@@ -123,16 +118,19 @@ __device__ inline unsigned part_of(const uint4* histogram, int parts) {
   return hold(shared_address(histogram) + threadIdx.x % parts * unsigned(sizeof(unsigned)));
 }
 
+__device__ __forceinline__ void add_shared(unsigned address, unsigned value) {
+  asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 // Adds a candidate's weight to the first histogram that both targets share.
 __device__ __forceinline__ void add_first(unsigned part, int bits, const Rounding& rounding) {
-  const unsigned bin = part + (bits >> shift_of(0)) * unsigned(sizeof(uint4));
-  asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(bin), "r"(rounding.mantissa(bits)) : "memory");
+  add_shared(part + (bits >> shift_of(0)) * unsigned(sizeof(uint4)), rounding.mantissa(bits));
 }
 
 // What a pass adds to the histograms of the targets that are open.
 template <bool kPlain>
 struct Adder {
-  unsigned part;  // this lane's of the exact target's; the index target's is two further
+  unsigned part;  // this lane's of the exact target's
   int shift;
   Rounding rounding;
   int leading[2];  // bits that a target's weights begin with; none has those of a closed one
@@ -146,32 +144,16 @@ struct Adder {
       by_count[i] = targets[i].by_count;
     }
   }
-  __device__ bool wants(int bits) const {
-    const int high = bits >> (shift + kBinBits);
-    return high == leading[0] || high == leading[1];
-  }
+  // Few of a run's weights have the bits, so what follows the first branch is rare.
   __device__ __forceinline__ void add(int bits) const {
     const int high = bits >> (shift + kBinBits);
+    const bool first = high == leading[0];
+    if (!first && high != leading[1]) return;
     const unsigned bin = part + (bits >> shift & (kBins - 1)) * unsigned(sizeof(uint4));
     const unsigned whole = rounding.mantissa(bits);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      asm volatile(
-          "{\n\t.reg .pred p;\n\t"
-          "setp.eq.s32 p, %0, %1;\n\t"
-          "@p red.shared.add.u32 [%2], %3;\n\t}" ::"r"(high),
-          "r"(leading[i]), "r"(bin + i * 2 * unsigned(sizeof(unsigned))),
-          "r"(!kPlain && by_count[i] ? 1u : whole)
-          : "memory");
-    }
-  }
-  // Of a lane's four tokens few have the bits, if any.
-  __device__ __forceinline__ void add(const int4& bits) const {
-    if (!(wants(bits.x) | wants(bits.y) | wants(bits.z) | wants(bits.w))) return;
-    add(bits.x);
-    add(bits.y);
-    add(bits.z);
-    add(bits.w);
+    add_shared(bin + (first ? 0 : kIndexPart), !kPlain && by_count[first ? 0 : 1] ? 1 : whole);
+    if (leading[0] != leading[1]) return;
+    add_shared(bin + kIndexPart, !kPlain && by_count[1] ? 1 : whole);
   }
 };
 
