@@ -106,11 +106,10 @@ void bind_pruning(py::module_& m) {
       [](uint64_t scores, uint64_t lse, uint64_t top_p, uint64_t index_top_p, uint64_t top_k,
          uint64_t candidates, uint64_t errors, uint64_t window_starts, uint64_t query_seq,
          uint64_t positions, uint64_t ctx_starts, uint64_t weights, uint64_t exact_tokens,
-         uint64_t exact_counts, uint64_t index_tokens, uint64_t index_counts, uint64_t grades,
-         uint64_t mass, int num_rows, int num_kv_heads, int group, int page_size, int num_sink,
-         int max_len, int capacity, int exact_capacity, int index_capacity, int grades_capacity,
-         int block, int num_blocks, bool unite, bool expand_pages, int num_pages, float margin,
-         uint64_t stream) {
+         uint64_t exact_counts, uint64_t index_counts, uint64_t grades, uint64_t mass, int num_rows,
+         int num_kv_heads, int group, int page_size, int num_sink, int max_len, int capacity,
+         int exact_capacity, int grades_capacity, int block, int num_blocks, bool unite,
+         bool expand_pages, int num_pages, float margin, uint64_t stream) {
         twilight::PruneParams p{};
         p.scores = as<float>(scores);
         p.lse = as<float>(lse);
@@ -125,7 +124,6 @@ void bind_pruning(py::module_& m) {
         p.weights = as<float>(weights);
         p.exact_tokens = as<int>(exact_tokens);
         p.exact_counts = as<int>(exact_counts);
-        p.index_tokens = as<int>(index_tokens);
         p.index_counts = as<int>(index_counts);
         p.grades = as<uint8_t>(grades);
         p.mass = as<float>(mass);
@@ -137,7 +135,6 @@ void bind_pruning(py::module_& m) {
         p.max_len = max_len;
         p.capacity = capacity;
         p.exact_capacity = exact_capacity;
-        p.index_capacity = index_capacity;
         p.grades_capacity = grades_capacity;
         p.block = block;
         p.num_blocks = num_blocks;
@@ -151,12 +148,12 @@ void bind_pruning(py::module_& m) {
       py::kw_only(), py::arg("scores"), py::arg("lse"), py::arg("top_p"), py::arg("index_top_p"),
       py::arg("top_k"), py::arg("candidates"), py::arg("errors"), py::arg("window_starts"),
       py::arg("query_seq"), py::arg("positions"), py::arg("ctx_starts"), py::arg("weights"),
-      py::arg("exact_tokens"), py::arg("exact_counts"), py::arg("index_tokens"),
-      py::arg("index_counts"), py::arg("grades"), py::arg("mass"), py::arg("num_rows"),
-      py::arg("num_kv_heads"), py::arg("group"), py::arg("page_size"), py::arg("num_sink"),
-      py::arg("max_len"), py::arg("capacity"), py::arg("exact_capacity"), py::arg("index_capacity"),
-      py::arg("grades_capacity"), py::arg("block"), py::arg("num_blocks"), py::arg("unite"),
-      py::arg("expand_pages"), py::arg("num_pages"), py::arg("margin"), py::arg("stream"));
+      py::arg("exact_tokens"), py::arg("exact_counts"), py::arg("index_counts"), py::arg("grades"),
+      py::arg("mass"), py::arg("num_rows"), py::arg("num_kv_heads"), py::arg("group"),
+      py::arg("page_size"), py::arg("num_sink"), py::arg("max_len"), py::arg("capacity"),
+      py::arg("exact_capacity"), py::arg("grades_capacity"), py::arg("block"),
+      py::arg("num_blocks"), py::arg("unite"), py::arg("expand_pages"), py::arg("num_pages"),
+      py::arg("margin"), py::arg("stream"));
 }
 
 }  // namespace twilight::bindings

@@ -2,19 +2,21 @@
 // with the resident tokens', reaches top_p (or the top_k largest); index = the same with
 // index_top_p, less exact; w = exp(score - lse), the group's mean or each head's own.
 //
-// A cluster of 1 to 16 blocks of 512 threads owns a (query row, KV head); a warp of it owns a run
-// of tokens and keeps it through every phase, so that only sums cross warps. Scores are read once,
-// with up to 8 loads of 16 bytes in flight a lane; the weights then stay in shared memory (what
-// does not fit, in the workspace), where csrc/cluster_select.cuh narrows tau and one sweep each
-// counts and lists what is chosen. With `errors` the exact mass aimed at is top_p plus `margin`
-// standard errors of a set's mass, sqrt(p * (1 - p) * sum of the weights' variances).
+// A cluster of 1 to 16 blocks owns a (query row, KV head); a warp of it owns a run of tokens and
+// keeps it through every phase, so that only sums cross warps. Scores are read once, with up to 5
+// loads in flight a lane; the weights then stay in shared memory (what does not fit, in the
+// workspace), where csrc/cluster_select.cuh narrows tau and one sweep grades and lists what is
+// chosen. With `errors` the exact mass aimed at is top_p plus `margin` standard errors of a set's
+// mass, sqrt(p * (1 - p) * sum of the weights' variances).
 //
 // The plain case is one rule, top_p and all tokens candidates: a token's grade follows from its
 // weight alone. Otherwise grades pass through memory, raised rule by rule.
 //
-// Bytes moved a visible token and KV head: 4 * G of scores, 1 of grades, 4 where listed. Source:
+// Bytes moved a visible token and KV head: 4 * G of scores, 1 of grades, 4 where exact. Source:
 // Twilight (arXiv 2502.02770), Algorithm 1, its bisection replaced by a radix select (RadiK,
 // 2501.14336).
+#include <bit>
+
 #include "csrc/cluster_select.cuh"
 #include "csrc/common.cuh"
 #include "csrc/dependent_launch.cuh"
@@ -25,20 +27,22 @@
 namespace twilight {
 namespace {
 
-constexpr int kMostRanks = 16;        // blocks of a cluster, where a few clusters are all there are
-constexpr int kPortableRanks = 8;     // that every device with clusters can schedule
-constexpr int kTokensPerRank = 2048;  // a tile a warp; fewer are not worth another block
+constexpr int kThreads = 512;         // two blocks a multiprocessor, of 64 registers a thread
+constexpr int kMostThreads = 1024;    // where all clusters run at once, one block a multiprocessor
+constexpr int kPortableRanks = 8;     // blocks of a cluster that every device can schedule
+constexpr int kFewRanks = 4;          // fewer blocks of kMostThreads leave too much to each
+constexpr int kTokensPerRank = 4096;  // a tile for each of 32 warps; fewer do not pay another block
 constexpr int kBlocksWanted = 264;    // two a multiprocessor of an H100; beyond, smaller clusters
-constexpr bool kSpread = true;        // a grid of fewer blocks than multiprocessors: one on each
 
 struct Shared {
   SelectShared select;
-  Tallies ties[2];  // by rule parity
+  Tallies ties[2];  // by turns
   Tallies lists;
 };
 
 constexpr int kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
-constexpr int kBytesPerTile = kWarps * kTile * sizeof(float);  // a tile a warp
+constexpr int kBytesPerRank = 2 * sizeof(BlockSums);
+static_assert(kBytesPerRank % 16 == 0, "tiles follow");
 
 // Grades before any set is chosen.
 __device__ void grade_all(const Share& s, const PruneParams& p, int lane) {
@@ -52,21 +56,22 @@ __device__ void grade_all(const Share& s, const PruneParams& p, int lane) {
   }
 }
 
-// Raises the grades of the tokens at or above the thresholds.
-__device__ void mark(const Share& s, const Target (&targets)[2], int rule, int lane,
-                     const Ranks& ranks, Shared& shared) {
+// Raises the grades of the tokens at or above the thresholds. tie_rounds: that took place so far.
+__device__ void mark(const Share& s, const Target (&targets)[2], int lane, const Ranks& ranks,
+                     Tallies (&tie_tallies)[2], int& tie_rounds) {
   const Target exact = targets[kExactTarget], index = targets[kIndexTarget];
   int ties_before = 0;
   if (exact.by_count && exact.ties != INT_MAX) {
     Tally ties{};
     for (int t = s.run.begin + lane; t < s.run.end; t += 32) {
-      ties.exact += __float_as_int(s.run.at(t)) == exact.least;
+      ties.exact += s.run.word(t - s.run.origin) == exact.least;
     }
-    ties_before = tally_in_front(ties, shared.ties[rule & 1], ranks).exact;
+    ties_before = exact_in_front(ties, tie_tallies[tie_rounds & 1], tie_rounds / 2, ranks);
+    ++tie_rounds;
   }
   for (int at = s.run.begin; at < s.run.end; at += 32) {
     const int t = at + lane;
-    const int bits = t < s.run.end ? __float_as_int(s.run.at(t)) : -1;
+    const int bits = t < s.run.end ? s.run.word(t - s.run.origin) : kNotCandidate;
     const bool tie = bits >= 0 && bits == exact.least;
     const unsigned ties = __ballot_sync(kAllLanes, tie);
     const int place = ties_before + __popc(ties & ((1u << lane) - 1));
@@ -114,37 +119,54 @@ __device__ void set_targets(const Share& s, const PruneParams& p, Target (&targe
   targets[threadIdx.x] = target;
 }
 
-template <int kTiles, bool kPlain>
-__global__ void __launch_bounds__(kThreads, 2)
-    prune_kernel(const PruneParams p, const int kept_tiles) {
+// The offsets of the heads that a rule's weights are the mean of.
+__device__ void set_offsets(const Share& s, const PruneParams& p, int heads, float* offsets) {
+#pragma unroll 1
+  for (int h = threadIdx.x; h < p.group; h += blockDim.x) {
+    offsets[h] = offset_of(__ldcg(s.lse + h), heads);
+  }
+}
+
+template <bool kPlain, bool kWhole>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    prune_kernel(const PruneParams p, const Plan plan) {
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  float* tiles = reinterpret_cast<float*>(memory + kSharedBytes);
-  float* lses = tiles + kept_tiles * kWarps * kTile;
-  clear(shared.select);
-  let_next_start();
-  wait_for_inputs();
-  const Ranks ranks;
-  // Whole pages where one exact token makes its page exact.
-  const Share s(p, ranks, !kPlain && p.expand_pages ? p.page_size : kTile, tiles, kept_tiles);
+  BlockSums* blocks = reinterpret_cast<BlockSums*>(memory + kSharedBytes);
+  int* tiles = reinterpret_cast<int*>(memory + kSharedBytes + plan.ranks * kBytesPerRank);
+  float* offsets = reinterpret_cast<float*>(tiles + plan.kept_tiles * (blockDim.x / 32) * kTile);
   const int lane = threadIdx.x % 32;
-  SelectState state{bits_to_drop(s.tokens), 0};
+  const Ranks ranks;
+  prepare(shared.select);
+  if (threadIdx.x == 0) {
+    for (Tallies& ties : shared.ties) ties.box.open();
+    shared.lists.box.open();
+    Mailbox::announce();
+  }
+  __syncwarp();
+  ranks.arrive();
+  let_next_start();
+  ranks.wait();  // all blocks' boxes are open
+  wait_for_inputs();
+  // Whole pages where one exact token makes its page exact.
+  const Share s(p, ranks, !kPlain && p.expand_pages ? p.page_size : kTile, tiles, plan);
+  SelectState state{bits_to_drop(s.tokens), 0, blocks};
   LaneMasses masses;
+  int tie_rounds = 0;
   for (int rule = 0; rule < (!kPlain && p.unite ? p.group : 1); ++rule) {
-    const int end = !kPlain && p.unite ? rule + 1 : p.group;
-    Batch<kPlain> batches[kTiles];
-#pragma unroll
-    for (int u = 0; u < kTiles; ++u) batches[u].load(s, p, s.run.token(u), rule, end);
-#pragma unroll 1
-    for (int h = threadIdx.x; h < p.group; h += kThreads) lses[h] = __ldcg(s.lse + h);
+    const int heads = !kPlain && p.unite ? 1 : p.group;
+    const Source source(s, p, s.run.token(0), rule);
+    Batch<kPlain, kWhole> batch;
+    batch.load(s, p, source, s.run.token(0), 0, heads);
+    set_offsets(s, p, heads, offsets);
     set_targets(s, p, shared.select.targets);
     if (!kPlain && rule == 0) grade_all(s, p, lane);
     __syncthreads();
-    masses = take_weights(s, p, batches, rule, end, state.drop, lses, shared.select);
-    const Masses all{warp_sum(masses.resident), warp_sum(masses.variance)};
+    masses = take_weights(s, p, source, batch, heads, offsets + rule, state, shared.select);
+    const Masses all = Masses{masses.resident, masses.variance}.over_warp();
     if (lane == 0) shared.select.warp_masses[threadIdx.x / 32] = all;
-    select(s.run, rule, state, ranks, shared.select);
-    if (!kPlain) mark(s, shared.select.targets, rule, lane, ranks, shared);
+    select<kPlain>(s.run, state, ranks, shared.select);
+    if (!kPlain) mark(s, shared.select.targets, lane, ranks, shared.ties, tie_rounds);
     if (!kPlain) __syncthreads();  // before the targets are set anew
   }
   if (!kPlain && p.expand_pages) expand(s, p.page_size, lane);
@@ -160,69 +182,98 @@ int attribute(cudaDeviceAttr name) {
 }
 
 // Tiles that hold a warp's run at most.
-int tiles_of_run(const PruneParams& p, int ranks) {
+int tiles_of_run(const PruneParams& p, int ranks, int threads) {
   const int unit = p.expand_pages ? p.page_size : kTile;
-  const int units = (p.max_len + unit - 1) / unit, warps = ranks * kWarps;
+  const int units = (p.max_len + unit - 1) / unit, warps = ranks * threads / 32;
   const int tokens = (units + warps - 1) / warps * unit + (unit % 4 ? 3 : 0);
   return (tokens + kTile - 1) / kTile;
 }
 
-// Clusters of kMostRanks blocks that the device runs at once, of `bytes` of shared memory a block.
-template <typename Kernel>
-int clusters_at_once(Kernel kernel, int bytes) {
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kMostRanks, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kMostRanks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  int count = 0;
-  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) return count;
-  cudaGetLastError();
-  return 0;
-}
+// Clusters that the device runs at once, by their blocks of kMostThreads.
+struct AtOnce {
+  int clusters[kMostRanks + 1] = {};
 
-// Blocks of a cluster, tiles that a warp keeps in shared memory, and a block's bytes of it.
-struct Plan {
-  int ranks, kept_tiles, bytes;
-
-  Plan(const PruneParams& p, int most_ranks, int most_bytes) : ranks(1) {
-    const int half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
-                     attribute(cudaDevAttrReservedSharedMemoryPerBlock);
-    const int rows = p.num_rows * p.num_kv_heads;
-    const int fixed = kSharedBytes + p.group * int(sizeof(float));
-    while (ranks < most_ranks && ranks * kTokensPerRank < p.max_len &&
-           (2 * ranks * rows <= kBlocksWanted ||
-            fixed + int64_t(tiles_of_run(p, ranks)) * kBytesPerTile > half)) {
-      ranks *= 2;
-    }
-    kept_tiles = min(tiles_of_run(p, ranks), (most_bytes - fixed) / kBytesPerTile);
-    bytes = fixed + kept_tiles * kBytesPerTile;
-    if (kSpread && rows * ranks <= attribute(cudaDevAttrMultiProcessorCount)) {
-      bytes = max(bytes, min(half + 1, most_bytes));
+  template <typename Kernel>
+  AtOnce(Kernel kernel, int bytes) {
+    for (unsigned ranks = 1; ranks <= kMostRanks; ++ranks) {
+      cudaLaunchAttribute cluster{};
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {ranks, 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(ranks);
+      config.blockDim = dim3(kMostThreads);
+      config.dynamicSmemBytes = bytes;
+      config.attrs = &cluster;
+      config.numAttrs = 1;
+      int& count = clusters[ranks];
+      if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+        count = 0;
+        cudaGetLastError();
+      }
     }
   }
 };
 
-template <int kTiles, bool kPlain>
+// Shared memory of a block but for the tiles.
+int fixed_bytes(const PruneParams& p, int ranks) {
+  return kSharedBytes + ranks * kBytesPerRank + p.group * int(sizeof(float));
+}
+
+int64_t bytes_of_tiles(int tiles, int threads) {
+  return int64_t(tiles) * threads * (kTile / 32) * sizeof(int);
+}
+
+// The largest clusters that all run at once, if they are large enough; else 0.
+int ranks_at_once(const PruneParams& p, const AtOnce& at_once) {
+  const int useful = (p.max_len + kTokensPerRank - 1) / kTokensPerRank;
+  int ranks = max(1, min(useful, kMostRanks));
+  while (ranks > 0 && at_once.clusters[ranks] < p.num_rows * p.num_kv_heads) --ranks;
+  return ranks >= min(useful, kFewRanks) ? ranks : 0;
+}
+
+Plan plan_launch(const PruneParams& p, const AtOnce* at_once, int most_bytes) {
+  const int half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
+                   attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+  const int rows = p.num_rows * p.num_kv_heads;
+  Plan plan{1, kThreads, 0, 0, -1};
+  const auto fits_half = [&] {
+    const int tiles = tiles_of_run(p, plan.ranks, kThreads);
+    return fixed_bytes(p, plan.ranks) + bytes_of_tiles(tiles, kThreads) <= half;
+  };
+  const int single_wave = at_once == nullptr ? 0 : ranks_at_once(p, *at_once);
+  if (single_wave > 0) {
+    plan.ranks = single_wave;
+    plan.threads = kMostThreads;
+  } else if (at_once != nullptr) {
+    while (plan.ranks < kPortableRanks && plan.ranks * kTokensPerRank < p.max_len &&
+           (2 * plan.ranks * rows <= kBlocksWanted || !fits_half())) {
+      plan.ranks *= 2;
+    }
+  }
+  const int fixed = fixed_bytes(p, plan.ranks);
+  plan.kept_tiles = min(tiles_of_run(p, plan.ranks, plan.threads),
+                        int((most_bytes - fixed) / bytes_of_tiles(1, plan.threads)));
+  plan.bytes = fixed + int(bytes_of_tiles(plan.kept_tiles, plan.threads));
+  const unsigned page_size = p.page_size;
+  if (std::has_single_bit(page_size)) plan.page_shift = std::countr_zero(page_size);
+  return plan;
+}
+
+template <bool kPlain, bool kWhole>
 cudaError_t launch(const PruneParams& p, cudaStream_t stream) {
-  const auto kernel = prune_kernel<kTiles, kPlain>;
+  const auto kernel = prune_kernel<kPlain, kWhole>;
   const int most_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const bool clusters = attribute(cudaDevAttrClusterLaunch);
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
-  int most_ranks = 1;
-  if (status == cudaSuccess && attribute(cudaDevAttrClusterLaunch)) {
+  if (status == cudaSuccess && clusters) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    static const int at_once = clusters_at_once(kernel, most_bytes);
-    most_ranks = p.num_rows * p.num_kv_heads <= at_once ? kMostRanks : kPortableRanks;
   }
   if (status != cudaSuccess) return status;
-  const Plan plan(p, most_ranks, most_bytes);
-  return launch_dependent(kernel, dim3(p.num_rows * p.num_kv_heads * plan.ranks), dim3(kThreads),
-                          plan.bytes, stream, plan.ranks, p, plan.kept_tiles);
+  static const AtOnce at_once(kernel, most_bytes);
+  const Plan plan = plan_launch(p, clusters ? &at_once : nullptr, most_bytes);
+  return launch_dependent(kernel, dim3(plan.ranks, p.num_kv_heads, p.num_rows), dim3(plan.threads),
+                          plan.bytes, stream, plan.ranks, p, plan);
 }
 
 }  // namespace
@@ -234,8 +285,8 @@ cudaError_t launch_prune(const PruneParams& p, cudaStream_t stream) {
   const bool one_error = p.errors == nullptr || p.page_size % 4 == 0;  // for a lane's four tokens
   const bool plain = vectors && one_error && (!p.unite || p.group == 1) && p.top_k == nullptr &&
                      p.candidates == nullptr && !p.expand_pages;
-  if (!plain) return launch<1, false>(p, stream);
-  return p.group <= kHeads ? launch<2, true>(p, stream) : launch<1, true>(p, stream);
+  if (!plain) return launch<false, false>(p, stream);
+  return p.group % kHeads == 0 ? launch<true, true>(p, stream) : launch<true, false>(p, stream);
 }
 
 }  // namespace twilight

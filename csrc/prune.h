@@ -15,7 +15,6 @@ struct PruneParams {
   int max_len;         // bounds every position
   int capacity;        // C of scores and weights
   int exact_capacity;  // of a list
-  int index_capacity;  // of a list; may be 0 without index_top_p
   int grades_capacity;
   int block;          // tokens of a candidate block, which restarts at each page
   int num_blocks;     // NB of candidates
@@ -27,7 +26,7 @@ struct PruneParams {
   const float* scores;        // [N, Hq, C]
   const float* lse;           // [N, Hq]
   const float* top_p;         // [B]
-  const float* index_top_p;   // [B], or null: no index list
+  const float* index_top_p;   // [B], or null: no index grade
   const int* top_k;           // [B], or null; values < 1: top_p holds
   const uint8_t* candidates;  // [N, Hkv, NB], or null: all
   const float* errors;        // [N, Hq, P] standard error of a page's scores, or null: no margin
@@ -39,7 +38,6 @@ struct PruneParams {
   float* weights;     // [N, Hkv, C] workspace
   int* exact_tokens;  // [N, Hkv, exact_capacity]
   int* exact_counts;  // [N, Hkv]
-  int* index_tokens;  // [N, Hkv, index_capacity]
   int* index_counts;  // [N, Hkv]
   uint8_t* grades;    // [N, Hkv, grades_capacity]
   float* mass;        // [N, Hkv]

@@ -1,4 +1,5 @@
-// What becomes of tokens whose thresholds are known in csrc/prune.cu: grades, lists, counts, mass.
+// What becomes of tokens whose thresholds are known in csrc/prune.cu: grades, the list, counts,
+// mass.
 #pragma once
 
 #include "csrc/cluster_select.cuh"
@@ -19,116 +20,124 @@ struct Tally {
   }
 };
 
-// Where the blocks of a cluster and a block's warps read each other's tallies.
+// Where the blocks of a cluster and a block's warps leave each other their tallies.
 struct Tallies {
-  Tally warps[kWarps];
-  Tally block;
+  struct Block {
+    uint64_t counts;  // exact; index from bit 32 on
+    uint64_t mass;    // a float's bits
+  };
+  Tally warps[kMostWarps];
+  Block blocks[kMostRanks];
+  Mailbox box;
+
+  __device__ Tally of_block(int r) const {
+    return {int(blocks[r].counts), int(blocks[r].counts >> 32),
+            __uint_as_float(unsigned(blocks[r].mass))};
+  }
 };
 
-// The sum of the warps' tallies in front of this one, in this block and the ones before.
-__device__ inline Tally tally_in_front(const Tally& of_lane, Tallies& tallies, const Ranks& ranks) {
+// Warp 0's part of an exchange: hands the block's tally to all blocks.
+__device__ inline void hand_out(const Tally& all, Tallies& tallies, const Ranks& ranks) {
+  const int lane = threadIdx.x % 32, count = ranks.count();
+  const Tallies::Block block{uint64_t(all.index) << 32 | unsigned(all.exact),
+                             __float_as_uint(all.mass)};
+  if (count == 1) {
+    if (lane == 0) tallies.blocks[0] = block;
+    __syncwarp();
+    return;
+  }
+  if (lane == 0) tallies.box.expect(count * sizeof(block));
+  if (lane < count) {
+    Tallies::Block& to = tallies.blocks[ranks.rank()];
+    tallies.box.send(&to.counts, lane, block.counts);
+    tallies.box.send(&to.mass, lane, block.mass);
+  }
+}
+
+// The exact tokens of the warps in front of this one, in this block and the ones before; round:
+// earlier uses of `tallies`.
+__device__ inline int exact_in_front(const Tally& of_lane, Tallies& tallies, int round,
+                                     const Ranks& ranks) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Tally mine = of_lane.over_warp();
   if (lane == 0) tallies.warps[warp] = mine;
   __syncthreads();
-  Tally other{}, before{};
-  if (lane < kWarps) other = tallies.warps[lane];
-  if (warp == 0) {
-    const Tally all = other.over_warp();
-    if (lane == 0) tallies.block = all;
-  }
-  ranks.sync();
-  if (lane < warp) before = other;
-  if (lane < ranks.rank()) {
-    const Tally* block = ranks.of(&tallies.block, lane);
-    before.exact += block->exact;
-    before.index += block->index;
-  }
-  return before.over_warp();
+  Tally other{};
+  if (lane < blockDim.x / 32) other = tallies.warps[lane];
+  if (warp == 0) hand_out(other.over_warp(), tallies, ranks);
+  int before = lane < warp ? other.exact : 0;
+  if (ranks.count() > 1) tallies.box.wait(round);
+  if (lane < ranks.rank()) before += tallies.of_block(lane).exact;
+  return __reduce_add_sync(kAllLanes, before);
 }
 
-// What becomes of a lane's four tokens of a tile: a bit each where it is listed, a byte of grades.
-struct Marks {
-  unsigned exact = 0, index = 0, grades = 0;
-  float mass = 0.0f;  // of the listed exact ones
+// A byte each of four words: all ones where the word is negative, else zero.
+__device__ __forceinline__ unsigned sign_bytes(int a, int b, int c, int d) {
+  unsigned front, back, all;
+  asm("prmt.b32 %0, %1, %2, 0x00fb;" : "=r"(front) : "r"(a), "r"(b));
+  asm("prmt.b32 %0, %1, %2, 0xfb00;" : "=r"(back) : "r"(c), "r"(d));
+  asm("prmt.b32 %0, %1, %2, 0x7610;" : "=r"(all) : "r"(front), "r"(back));
+  return all;
+}
 
-  // By their weights.
-  __device__ Marks(const float4& weights, const int (&least)[2]) {
-    const float w[4] = {weights.x, weights.y, weights.z, weights.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int bits = __float_as_int(w[i]);
-      const bool is_exact = bits >= least[kExactTarget];
-      const bool is_index = !is_exact && bits >= least[kIndexTarget];
-      exact |= unsigned(is_exact) << i;
-      index |= unsigned(is_index) << i;
-      const unsigned grade = is_exact || bits < 0 ? kGradeExact
-                             : is_index           ? kGradeIndex
-                                                  : kGradeTail;
-      grades |= grade << (8 * i);
-      mass += is_exact ? w[i] : 0.0f;
-    }
-  }
-  // By their grades in memory.
-  __device__ Marks(const Share& s, int t) {
-    for (int i = 0; i < 4; ++i) {
-      if (!s.run.holds(t + i) || !s.lists(t + i)) continue;
-      const int grade = s.grades[t + i];
-      exact |= unsigned(grade == kGradeExact) << i;
-      index |= unsigned(grade == kGradeIndex) << i;
+// What becomes of a lane's four tokens of a tile, a byte each. Only the lowest bit of `exact` and
+// `index` counts.
+struct Marks {
+  unsigned exact = 0, index = 0;  // the listed ones of these grades
+  unsigned grades = 0;
+
+  Marks() = default;
+  // By their weights; those of no candidate are resident.
+  __device__ __forceinline__ Marks(const int4& bits, const int (&least)[2], bool all_listed) {
+    constexpr unsigned kOnes = 0x01010101u;
+    const int a = least[kExactTarget], b = least[kIndexTarget];
+    const unsigned below_exact = sign_bytes(bits.x - a, bits.y - a, bits.z - a, bits.w - a);
+    const unsigned below_index = sign_bytes(bits.x - b, bits.y - b, bits.z - b, bits.w - b);
+    exact = ~below_exact & kOnes;
+    index = below_exact & ~below_index & kOnes;
+    grades = (~below_exact & kGradeExact * kOnes) | (index & kGradeIndex * kOnes);
+    if (!all_listed) {
+      grades |= sign_bytes(bits.x, bits.y, bits.z, bits.w) & kGradeExact * kOnes;
     }
   }
 };
+static_assert(kGradeTail == 0 && kGradeIndex == 1, "Marks adds grades up");
 
-template <bool kPlain>
-__device__ __forceinline__ Marks marks_of(const Share& s, const int (&least)[2], int tile) {
-  if constexpr (kPlain) return Marks(s.run.load(tile), least);
-  return Marks(s, s.run.token(tile));
-}
-
-// What a lane's tokens add to the lists, and the exact mass of them all: of the weights, or of the
-// heads' mean where a set need not have been chosen by it.
-template <bool kPlain>
-__device__ Tally tally_lane(const Share& s, const PruneParams& p, const int (&least)[2],
-                            float resident) {
-  Tally mine{};
-  if (kPlain) mine.mass = resident;
-  for (int tile = 0; tile < s.run.tiles; ++tile) {
-    const Marks marks = marks_of<kPlain>(s, least, tile);
-    mine.exact += __popc(marks.exact);
-    mine.index += __popc(marks.index);
-    mine.mass += marks.mass;
-    if (kPlain) continue;
-    const int t = s.run.token(tile);
-    for (int i = 0; i < 4; ++i) {
-      if (!s.run.holds(t + i)) continue;
-      if (!s.lists(t + i) || (marks.exact >> i & 1)) mine.mass += mean_weight(s, p, t + i);
-    }
-  }
-  return mine;
-}
-
-// Appends a warp's chosen tokens to a list; returns the place behind them.
-__device__ __forceinline__ int append(int* list, int place, int t, unsigned chosen) {
-  if (!__any_sync(kAllLanes, chosen != 0)) return place;
-  const unsigned below = (1u << threadIdx.x % 32) - 1;
-  int mine = place;
-#pragma unroll
+// By their grades in memory.
+__device__ inline Marks marks_of_grades(const Share& s, int t) {
+  Marks marks;
   for (int i = 0; i < 4; ++i) {
-    const unsigned lanes = __ballot_sync(kAllLanes, chosen >> i & 1);
-    mine += __popc(lanes & below);
-    place += __popc(lanes);
+    if (!s.run.holds(t + i) || !s.lists(t + i)) continue;
+    const int grade = s.grades[t + i];
+    marks.exact |= unsigned(grade == kGradeExact) << (8 * i);
+    marks.index |= unsigned(grade == kGradeIndex) << (8 * i);
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (chosen >> i & 1) list[mine++] = t + i;
-  }
-  return place;
+  return marks;
 }
 
-__device__ __forceinline__ void store_grades(const Share& s, int t, unsigned grades) {
+// The mass of a lane's exact tokens of a tile, resident ones too: of the heads' mean, where a set
+// need not have been chosen by it.
+__device__ inline float mean_mass(const Share& s, const PruneParams& p, int t, unsigned exact) {
+  float mass = 0.0f;
+  for (int i = 0; i < 4; ++i) {
+    if (!s.run.holds(t + i)) continue;
+    if (!s.lists(t + i) || (exact >> (8 * i) & 1)) mass += mean_weight(s, p, t + i);
+  }
+  return mass;
+}
+
+__device__ __forceinline__ float chosen_mass(const int4& bits, unsigned exact) {
+  const float w[4] = {__int_as_float(bits.x), __int_as_float(bits.y), __int_as_float(bits.z),
+                      __int_as_float(bits.w)};
+  float mass = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) mass += exact >> (8 * i) & 1 ? w[i] : 0.0f;
+  return mass;
+}
+
+__device__ __forceinline__ void store_grades(const Share& s, int t, unsigned grades, bool whole) {
   uint8_t* to = s.grades + t;
-  if (s.run.holds(t) && s.run.holds(t + 3) && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
+  if (whole && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
     *reinterpret_cast<unsigned*>(to) = grades;
     return;
   }
@@ -137,35 +146,76 @@ __device__ __forceinline__ void store_grades(const Share& s, int t, unsigned gra
   }
 }
 
-// Writes the lists, counts and mass, and in the plain case the grades.
+// Appends a warp's chosen tokens of a tile to the words of its run, `count` so far: they take no
+// more than this tile and those before had, which nobody reads again. Returns the new count.
+__device__ __forceinline__ int append(const Run& run, int count, int t, unsigned chosen) {
+  const unsigned below = (1u << threadIdx.x % 32) - 1;
+  const int chosen_here = __popc(chosen);
+  int mine = count;
+#pragma unroll 1
+  for (int n = 1; n <= 4; ++n) {  // lanes with n or more; hardly any has two
+    const unsigned lanes = __ballot_sync(kAllLanes, chosen_here >= n);
+    if (lanes == 0) break;
+    mine += __popc(lanes & below);
+    count += __popc(lanes);
+  }
+#pragma unroll 1
+  for (; chosen != 0; chosen &= chosen - 1) run.put(mine++, t + unsigned(__ffs(chosen)) / 8);
+  return count;
+}
+
+// The one look at a warp's tokens: leaves the exact ones at the front of its run, writes the grades
+// in the plain case. `mine` gets what a lane's tokens add up to, but for the exact count, which is
+// returned for the warp.
 template <bool kPlain>
-__device__ void write_lists(const Share& s, const PruneParams& p, const Target (&targets)[2],
-                            float resident, const Ranks& ranks, Tallies& tallies) {
-  const int least[2] = {targets[kExactTarget].least, targets[kIndexTarget].least};
-  const Tally mine = tally_lane<kPlain>(s, p, least, resident);
-  Tally place = tally_in_front(mine, tallies, ranks);
-  if (ranks.rank() == 0 && threadIdx.x < 32) {
-    Tally all{};
-    if (threadIdx.x < ranks.count()) all = *ranks.of(&tallies.block, threadIdx.x);
-    all = all.over_warp();
-    if (threadIdx.x == 0) {
-      p.exact_counts[s.row] = all.exact;
-      p.index_counts[s.row] = all.index;
-      p.mass[s.row] = all.mass;
-    }
-    __syncwarp();
-  }
-  ranks.arrive();  // this block has read the others'
-  int* exact = p.exact_tokens + s.row * p.exact_capacity;
-  int* index = p.index_tokens + s.row * p.index_capacity;
-  for (int tile = 0; tile < s.run.tiles; ++tile) {
-    const Marks marks = marks_of<kPlain>(s, least, tile);
+__device__ __forceinline__ int collect(const Share& s, const PruneParams& p, const int (&least)[2],
+                                       Tally& mine) {
+  int count = 0;
+#pragma unroll 1
+  for (int tile = 0, left = s.run.tiles; left > 0; ++tile, --left) {
     const int t = s.run.token(tile);
-    if (kPlain) store_grades(s, t, marks.grades);
-    place.exact = append(exact, place.exact, t, marks.exact);
-    place.index = append(index, place.index, t, marks.index);
+    int4 bits;
+    Marks marks;
+    if constexpr (kPlain) {
+      const bool whole = s.lists_tile(tile);
+      bits = s.run.load(tile);
+      marks = Marks(bits, least, whole);
+      store_grades(s, t, marks.grades, whole);
+    } else {
+      marks = marks_of_grades(s, t);
+      mine.mass += mean_mass(s, p, t, marks.exact);
+    }
+    mine.index += __popc(marks.index);
+    if (!__any_sync(kAllLanes, marks.exact != 0)) continue;
+    if constexpr (kPlain) mine.mass += chosen_mass(bits, marks.exact);
+    count = append(s.run, count, t, marks.exact);
   }
-  ranks.wait();  // no block leaves while another reads its shared memory
+  return count;
+}
+
+// Writes the list, counts and mass, and in the plain case the grades. resident: the mass of a
+// lane's resident tokens.
+template <bool kPlain>
+__device__ __forceinline__ void write_lists(const Share& s, const PruneParams& p,
+                                            const Target (&targets)[2], float resident,
+                                            const Ranks& ranks, Tallies& tallies) {
+  const int lane = threadIdx.x % 32;
+  const int least[2] = {targets[kExactTarget].least, targets[kIndexTarget].least};
+  Tally mine{0, 0, kPlain ? resident : 0.0f};
+  const int count = collect<kPlain>(s, p, least, mine);
+  if (lane == 0) mine.exact = count;
+  const int place = exact_in_front(mine, tallies, 0, ranks);
+  int* list = p.exact_tokens + s.row * p.exact_capacity + place;
+  for (int i = lane; i < count; i += 32) list[i] = s.run.word(i);
+  if (ranks.rank() > 0 || threadIdx.x >= 32) return;
+  Tally all{};
+  if (lane < ranks.count()) all = tallies.of_block(lane);
+  all = all.over_warp();
+  if (lane == 0) {
+    p.exact_counts[s.row] = all.exact;
+    p.index_counts[s.row] = all.index;
+    p.mass[s.row] = all.mass;
+  }
 }
 
 }  // namespace twilight

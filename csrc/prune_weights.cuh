@@ -8,6 +8,16 @@
 namespace twilight {
 
 constexpr int kHeads = 4;  // whose scores for a tile are on their way together
+constexpr float kLog2E = 1.4426950408889634f;
+
+// How a launch is laid out.
+struct Plan {
+  int ranks;       // blocks of a cluster, which owns a query row and KV head
+  int threads;     // of a block
+  int kept_tiles;  // that a warp keeps in shared memory
+  int bytes;       // of shared memory, a block
+  int page_shift;  // log2 of the page size; -1 where it is no power of two
+};
 
 // This block's and warp's share of a query row and KV head.
 struct Share {
@@ -17,7 +27,9 @@ struct Share {
   int first;        // of its list tokens; they end at list_end()
   int window;       // where the sequence's resident window starts
   int tokens;       // bounds those of a block that one part of a histogram's bin may take
-  Run run;          // visible tokens of this warp
+  int whole_begin, whole_end;  // the tiles that hold list tokens of this warp only
+  int page_shift;              // log2 of the page size; -1 where it is no power of two
+  Run run;                     // visible tokens of this warp
   const float* scores;
   const float* lse;
   const float* errors;  // null without a margin
@@ -25,54 +37,89 @@ struct Share {
 
   // unit: tokens that are dealt out to a warp together.
   __device__ __forceinline__ Share(const PruneParams& p, const Ranks& ranks, unsigned unit,
-                                   float* tiles, int kept_tiles) {
-    const int of_heads = blockIdx.x >> ranks.log_count(), n = of_heads / p.num_kv_heads;
-    row = of_heads;
+                                   int* tiles, const Plan& plan) {
+    const int n = blockIdx.z;  // blockIdx.x is the block's rank
     seq = p.query_seq[n];
     start = p.ctx_starts[n];
     stop = max(start, p.positions[n] + 1);
+    row = int64_t(n) * p.num_kv_heads + blockIdx.y;
     scores = p.scores + row * p.group * p.capacity;
     lse = p.lse + row * p.group;
     errors = p.errors == nullptr ? nullptr : p.errors + row * p.group * p.num_pages;
     grades = p.grades + row * p.grades_capacity;
-    deal(p, ranks, unit, tiles, kept_tiles);
+    page_shift = plan.page_shift;
+    deal(p, ranks, unit, tiles, plan.kept_tiles);
     first = min(max(start, p.num_sink), stop);
     window = p.window_starts[seq];
+    whole_begin = (max(run.begin, first) - run.origin + kTile - 1) / kTile;
+    whole_end = (min(run.end, list_end()) - run.origin) / kTile;
   }
   __device__ int list_end() const { return max(first, min(stop, window)); }
   __device__ bool lists(int t) const { return t >= first && t < list_end(); }
+  __device__ int page_of(int t, int page_size) const {
+    return page_shift >= 0 ? t >> page_shift : t / page_size;
+  }
+  // Whether all of a tile are list tokens of this warp.
+  __device__ bool lists_tile(int tile) const { return tile >= whole_begin && tile < whole_end; }
 
  private:
   // Deals the row's tokens out to the cluster's warps.
   __device__ __forceinline__ void deal(const PruneParams& p, const Ranks& ranks, unsigned unit,
-                                       float* tiles, int kept_tiles) {
+                                       int* tiles, int kept_tiles) {
     const unsigned from = start / unit;
     const unsigned units = (stop + unit - 1) / unit - from;
-    const unsigned in_block = threadIdx.x / 32, warp = ranks.rank() * kWarps + in_block;
-    const unsigned log_warps = ranks.log_count() + kLogWarps, warps = 1u << log_warps;
-    run.begin = min(stop, max(start, int((from + (warp * units >> log_warps)) * unit)));
-    run.end = min(stop, max(start, int((from + ((warp + 1) * units >> log_warps)) * unit)));
+    const unsigned count = ranks.count(), rank = ranks.rank();
+    const unsigned each = units / count, more = units - each * count;  // by block
+    const unsigned in_block = threadIdx.x / 32, block_warps = blockDim.x / 32;
+    const unsigned log_warps = __ffs(block_warps) - 1, block_units = each + (rank < more);
+    const unsigned block_from = from + rank * each + min(rank, more);
+    const unsigned warp_from = in_block * block_units >> log_warps;
+    const unsigned warp_to = (in_block + 1) * block_units >> log_warps;
+    run.begin = min(stop, max(start, int((block_from + warp_from) * unit)));
+    run.end = min(stop, max(start, int((block_from + warp_to) * unit)));
     run.origin = run.begin / 4 * 4;
     run.tiles = (run.end - run.origin + kTile - 1) / kTile;
-    const int most = ((units + warps - 1) >> log_warps) * unit;  // tokens of a warp
-    tokens = min(stop - start, kWarps * (most / 2 + 4));
+    const int most =
+        ((each + (more > 0) + block_warps - 1) >> log_warps) * unit;  // tokens of a warp
+    tokens = min(stop - start, int(block_warps) * (most / 2 + 4));
     run.kept_tiles = kept_tiles;
-    run.kept = tiles + in_block * kept_tiles * kTile;
+    run.kept = hold(shared_address(tiles + in_block * kept_tiles * kTile));
     // Rounded up to tiles the rest of a row still fits its C floats, for what is kept is more.
     const int rest = max(0, (most + 3 + kTile - 1) / kTile - kept_tiles) * kTile;
-    run.rest = p.weights + (row * p.capacity + 3) / 4 * 4 + int64_t(warp) * rest;
+    run.rest = reinterpret_cast<int*>(p.weights) + (row * p.capacity + 3) / 4 * 4 +
+               int64_t(rank * block_warps + in_block) * rest;
   }
 };
 
-__device__ inline float weight(const Share& s, int capacity, int head, int t) {
-  return expf(s.scores[int64_t(head) * capacity + t] - s.lse[head]);
+// 2^x to two units in the last place; 0 below 2^-126.
+__device__ __forceinline__ float exp2_approximately(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float load_shared(unsigned address) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
+
+// What is added to a score, in powers of two, for its weight's share among `heads`.
+__device__ __forceinline__ float offset_of(float lse, int heads) {
+  return -lse * kLog2E - __log2f(heads);
+}
+
+__device__ __forceinline__ float weight(float score, float offset) {
+  return exp2_approximately(fmaf(score, kLog2E, offset));
 }
 
 __device__ inline float mean_weight(const Share& s, const PruneParams& p, int t) {
   float sum = 0.0f;
 #pragma unroll 4
-  for (int g = 0; g < p.group; ++g) sum += weight(s, p.capacity, g, t);
-  return sum / p.group;
+  for (int g = 0; g < p.group; ++g) {
+    sum += weight(s.scores[int64_t(g) * p.capacity + t], offset_of(s.lse[g], p.group));
+  }
+  return sum;
 }
 
 __device__ inline bool is_candidate(const Share& s, const PruneParams& p, int t) {
@@ -83,18 +130,31 @@ __device__ inline bool is_candidate(const Share& s, const PruneParams& p, int t)
   return p.candidates[s.row * p.num_blocks + block] != 0;
 }
 
-// Scores of kHeads heads for a lane's four tokens of a tile, on their way.
-template <bool kPlain>
+// What a lane's four tokens of a tile, from t on, have in memory from some head on.
+struct Source {
+  const float* scores;  // of token t
+  const float* errors;  // of page 0; null without a margin
+
+  __device__ __forceinline__ Source(const Share& s, const PruneParams& p, int t, int head)
+      : scores(s.scores + int64_t(head) * p.capacity + t),
+        errors(s.errors == nullptr ? nullptr : s.errors + int64_t(head) * p.num_pages) {}
+};
+
+// Heads for a lane's four tokens of a tile, kHeads at most: their scores, and in the plain case the
+// errors of the tokens' page, on their way. kWhole: always kHeads.
+template <bool kPlain, bool kWhole>
 struct Batch {
   float4 scores[kHeads];
+  float errors[kHeads];
 
-  __device__ __forceinline__ void load(const Share& s, const PruneParams& p, int t, int head,
-                                       int head_end) {
+  // skip: heads from the source's first on.
+  __device__ __forceinline__ void load(const Share& s, const PruneParams& p, const Source& source,
+                                       int t, int skip, int heads) {
     if (t >= s.run.end) return;
-    const float* from = s.scores + int64_t(head) * p.capacity + t;
+    const float* from = source.scores + int64_t(skip) * p.capacity;
 #pragma unroll
     for (int h = 0; h < kHeads; ++h, from += p.capacity) {
-      if (head + h >= head_end) break;
+      if (!kWhole && skip + h >= heads) break;
       if (kPlain) {
         scores[h] = __ldcg(reinterpret_cast<const float4*>(from));
       } else {
@@ -104,6 +164,13 @@ struct Batch {
         scores[h].w = t + 3 < s.run.end ? __ldcg(from + 3) : 0.f;
       }
     }
+    if (!kPlain || source.errors == nullptr) return;
+    const float* of_page = source.errors + int64_t(skip) * p.num_pages + s.page_of(t, p.page_size);
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h, of_page += p.num_pages) {
+      if (!kWhole && skip + h >= heads) break;
+      errors[h] = __ldcg(of_page);
+    }
   }
 };
 
@@ -112,33 +179,31 @@ struct TokenSums {
   float weights[4] = {0.f, 0.f, 0.f, 0.f};
   float errors[4] = {0.f, 0.f, 0.f, 0.f};  // of the weights
 
-  // Adds a batch's heads, from `head` on.
-  template <bool kPlain>
-  __device__ __forceinline__ void add(const Share& s, const PruneParams& p, const float* lses,
-                                      int t, int head, int head_end, const Batch<kPlain>& batch) {
-    float page_errors[kHeads];  // on their way while the weights are computed
-    const float* from = s.errors + int64_t(head) * p.num_pages;
-    if (kPlain && s.errors != nullptr && t < s.run.end) {
-      const float* of_page = from + t / p.page_size;
+  // Adds a batch's heads, `skip` from the source's first on. offsets: address of that one's.
+  template <bool kPlain, bool kWhole>
+  __device__ __forceinline__ void add(const Share& s, const PruneParams& p, const Source& source,
+                                      unsigned offsets, int t, int skip, int heads,
+                                      const Batch<kPlain, kWhole>& batch) {
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h, of_page += p.num_pages) {
-        if (head + h < head_end) page_errors[h] = __ldcg(of_page);
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h, from += p.num_pages) {
-      if (head + h >= head_end) break;
+    for (int h = 0; h < kHeads; ++h) {
+      if (!kWhole && skip + h >= heads) break;
       const float4& x = batch.scores[h];
-      const float lse = lses[head + h];
-      const float w[4] = {expf(x.x - lse), expf(x.y - lse), expf(x.z - lse), expf(x.w - lse)};
+      const float offset = load_shared(offsets + (skip + h) * unsigned(sizeof(float)));
+      const float w[4] = {weight(x.x, offset), weight(x.y, offset), weight(x.z, offset),
+                          weight(x.w, offset)};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         weights[i] += w[i];
-        if (s.errors == nullptr) continue;
-        if (!kPlain && s.run.holds(t + i)) page_errors[h] = __ldcg(from + (t + i) / p.page_size);
-        errors[i] += w[i] * page_errors[h];
+        if (kPlain) {
+          errors[i] += w[i] * batch.errors[h];  // not used without a margin
+        } else if (source.errors != nullptr && s.run.holds(t + i)) {
+          const int64_t page = s.page_of(t + i, p.page_size);
+          errors[i] += w[i] * __ldcg(source.errors + int64_t(skip + h) * p.num_pages + page);
+        }
       }
     }
+#pragma unroll
+    for (float& w : weights) w = __saturatef(w);  // NaN counts as nothing
   }
 };
 
@@ -146,79 +211,89 @@ struct TokenSums {
 struct LaneMasses {
   float resident = 0.0f;
   float variance = 0.0f;
-};
 
-// A lane's four tokens of a tile: their bounded weights, and which of them are list tokens.
-struct Tokens {
-  float weights[4];
-  unsigned listed = 0;
-
-  __device__ __forceinline__ Tokens(const Share& s, int t, float share, const TokenSums& sums,
-                                    LaneMasses& masses) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float w = sums.weights[i] * share, error = sums.errors[i] * share;
-      weights[i] = w > 0.0f ? fminf(w, 1.0f) : 0.0f;  // NaN counts as nothing
-      if (!s.run.holds(t + i)) continue;
-      if (!s.lists(t + i)) {
-        masses.resident += weights[i];
-      } else {
-        listed |= 1u << i;
-        if (error > 0.0f) masses.variance += error * error;
-      }
-    }
+  __device__ __forceinline__ void add_error(float square) {
+    if (square > 0.0f) variance += square;
   }
 };
 
-// Keeps the candidates' weights and adds them to the first histograms.
-template <bool kPlain>
-__device__ __forceinline__ void keep_weights(const Share& s, const PruneParams& p, int tile,
-                                             const Tokens& tokens, int drop, SelectShared& shared) {
-  float kept[4];
+// Keeps the candidates' weights of a tile of list tokens of this warp, adds them to the first
+// histogram.
+__device__ __forceinline__ void keep_listed(const Share& s, int tile, const TokenSums& sums,
+                                            const Rounding& rounding, unsigned part,
+                                            LaneMasses& masses) {
+  const float (&e)[4] = sums.errors;
+  if (s.errors != nullptr) masses.add_error(e[0] * e[0] + e[1] * e[1] + e[2] * e[2] + e[3] * e[3]);
+  int bits[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float w = tokens.weights[i];
-    bool candidate = tokens.listed >> i & 1;
-    if (!kPlain) candidate = candidate && is_candidate(s, p, s.run.token(tile) + i);
-    kept[i] = candidate ? w : kNotCandidate;
-    if (!candidate) continue;
-    if (kPlain || share_first(shared.targets)) {
-      add_first(shared, __float_as_int(w), drop);
-    } else {
-      add(shared, shared.targets, 0, __float_as_int(w), drop);
-    }
+    bits[i] = __float_as_int(sums.weights[i]);
+    add_first(part, bits[i], rounding);
   }
-  s.run.store(tile, make_float4(kept[0], kept[1], kept[2], kept[3]));
+  s.run.store(tile, make_int4(bits[0], bits[1], bits[2], bits[3]));
 }
 
-// The pass over the scores of heads [head_begin, head_end), whose weights' mean it takes: leaves
-// the weights in the run and in the first histograms. kTiles tiles of kHeads heads, all there are
-// if kTiles > 1, are on their way at once; `batches` holds the first. `lses`: shared memory.
-template <int kTiles, bool kPlain>
-__device__ __forceinline__ LaneMasses take_weights(const Share& s, const PruneParams& p,
-                                                   Batch<kPlain> (&batches)[kTiles], int head_begin,
-                                                   int head_end, int drop, const float* lses,
-                                                   SelectShared& shared) {
-  const float share = 1.0f / (head_end - head_begin);
-  LaneMasses masses;
-#pragma unroll 1
-  for (int at = 0; at < s.run.tiles; at += kTiles) {
+// The same for any tile and rule, token by token. adder: null where one histogram serves both
+// targets.
+template <bool kPlain>
+__device__ __forceinline__ void keep_any(const Share& s, const PruneParams& p, int tile,
+                                         const TokenSums& sums, const Rounding& rounding,
+                                         unsigned part, const Adder<kPlain>* adder,
+                                         LaneMasses& masses) {
+  int kept[4];
 #pragma unroll
-    for (int u = 0; u < kTiles; ++u) {
-      if (at + u >= s.run.tiles) break;
-      const int t = s.run.token(at + u);
-      TokenSums sums;
-      int head = head_begin;
+  for (int i = 0; i < 4; ++i) {
+    const int t = s.run.token(tile) + i, bits = __float_as_int(sums.weights[i]);
+    kept[i] = kNotCandidate;
+    if (!s.run.holds(t)) continue;
+    if (!s.lists(t)) {
+      masses.resident += sums.weights[i];
+      continue;
+    }
+    if (s.errors != nullptr) masses.add_error(sums.errors[i] * sums.errors[i]);
+    if (!kPlain && !is_candidate(s, p, t)) continue;
+    kept[i] = bits;
+    if (kPlain || adder == nullptr) {
+      add_first(part, bits, rounding);
+    } else {
+      adder->add(bits);
+    }
+  }
+  s.run.store(tile, make_int4(kept[0], kept[1], kept[2], kept[3]));
+}
+
+// The pass over the scores of `heads` heads, whose weights' mean it takes: leaves the weights in
+// the run and in the first histogram. `batch` holds the first tile's first heads, from `source`;
+// offsets: offset_of each head's lse, in shared memory.
+template <bool kPlain, bool kWhole>
+__device__ __forceinline__ LaneMasses take_weights(const Share& s, const PruneParams& p,
+                                                   Source source, Batch<kPlain, kWhole>& batch,
+                                                   int heads, const float* offsets,
+                                                   const SelectState& state, SelectShared& shared) {
+  LaneMasses masses;
+  const uint4* histogram = shared.histograms[state.num_passes & 1];
+  const unsigned part = part_of(histogram, kParts), first_offset = hold(shared_address(offsets));
+  const Rounding rounding(state.drop);
+  const Adder<kPlain> adder(shared.targets, histogram, 0, state.drop);
+  const Adder<kPlain>* by_target = kPlain || share_first(shared.targets) ? nullptr : &adder;
+  int t = s.run.token(0);
 #pragma unroll 1
-      while (true) {
-        sums.add(s, p, lses, t, head, head_end, batches[u]);
-        head += kHeads;
-        if (kTiles > 1 || head >= head_end) break;
-        batches[u].load(s, p, t, head, head_end);
-      }
-      const Tokens tokens(s, t, share, sums, masses);
-      batches[u].load(s, p, t + kTiles * kTile, head_begin, head_end);  // while these are kept
-      keep_weights<kPlain>(s, p, at + u, tokens, drop, shared);
+  for (int tile = 0, left = s.run.tiles; left > 0; ++tile, --left) {
+    TokenSums sums;
+    int skip = 0;
+#pragma unroll 1
+    while (true) {
+      sums.add(s, p, source, first_offset, t, skip, heads, batch);
+      skip += kHeads;
+      if (skip >= heads) break;
+      batch.load(s, p, source, t, skip, heads);
+    }
+    t += kTile, source.scores += kTile;
+    batch.load(s, p, source, t, 0, heads);  // on their way while these are kept
+    if (kPlain && s.lists_tile(tile)) {
+      keep_listed(s, tile, sums, rounding, part, masses);
+    } else {
+      keep_any<kPlain>(s, p, tile, sums, rounding, part, by_target, masses);
     }
   }
   return masses;

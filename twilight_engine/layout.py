@@ -25,6 +25,7 @@ GRADE_DROPPED = 3  # outside the selector's candidates and not to be compensated
 LSH_MIN_TABLES = 2  # where a candidate's signatures agree with the query's: MagicPIG's rule
 
 MOST_MASS = 0.9999  # a margin raises the mass that exact rows must reach to this at most
+TIE_BITS = 10  # low bits of float32 weights that a threshold for a mass does not look at
 
 SLOTS_PER_CHUNK = 32  # hot-row slots move between heads in chunks of this many
 MAX_CHUNKS = 65536  # of a layer's hot rows: what the victim search's list in shared memory can name
@@ -172,7 +173,7 @@ class Pruned:
     """Which grade each list token of each (query row, KV head) gets."""
 
     exact: RowLists  # list tokens to read at full precision
-    index: RowLists  # list tokens to read from the INT4 index; capacity may be 0
+    index_counts: Tensor  # [N, Hkv] int32: list tokens to read from the INT4 index
     grades: Tensor  # [N, Hkv, C] uint8 over visible tokens; residents are GRADE_EXACT
     mass: Tensor  # [N, Hkv] float32: estimated group-mean mass of the exact grade
 

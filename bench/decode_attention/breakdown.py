@@ -52,11 +52,10 @@ class LayerOps:
         self.scale = self.cache.model.softmax_scale
         n, heads = meta.num_queries, graded.windows.num_kv_heads
         capacity, device = self.cache.plan.capacity, self.cache.device
-        with_index = graded.index_top_p is not None
         self.scores = torch.empty(n, q.shape[1], capacity, device=device)
         self.weights = torch.empty(n, heads, capacity, device=device)
         self.workspace = allocate_workspace(n, q.shape[1], heads, device)
-        self.pruned: Pruned = allocate_pruned(n, heads, capacity, device, with_index=with_index)
+        self.pruned: Pruned = allocate_pruned(n, heads, capacity, device)
         self.places = torch.empty(n, heads, capacity, dtype=torch.int32, device=device)
         self.lists = FetchLists.empty(n, heads, capacity, device)
         self.candidates: Tensor | None = None

@@ -87,7 +87,7 @@ def step_bytes(
         + rows.resident * d * itemsize
         + 4 * group * visible
         + errors,
-        "prune": (4 * group + 1) * visible + 4 * (rows.exact + rows.index) + errors,
+        "prune": (4 * group + 1) * visible + 4 * rows.exact + errors,
         "resolve": 16 * rows.exact,  # token, map entry, stamp, location
         FETCH_WRITES: rows.missed * row,
         "attend_rows": (rows.exact + rows.resident) * row + 8 * rows.exact + states,

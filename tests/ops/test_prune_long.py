@@ -74,8 +74,11 @@ def test_what_the_top_reaches_by_itself(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("batch", "length"), [(1, 131_072), (1, 32_768), (9, 20_011), (3, 60_000)])
-@pytest.mark.parametrize("group", [4, 7])
+@pytest.mark.parametrize(
+    ("batch", "length"),
+    [(1, 131_072), (1, 32_768), (2, 100_003), (3, 60_000), (5, 40_000), (9, 20_011)],
+)
+@pytest.mark.parametrize("group", [4, 7, 8])
 def test_rows_over_clusters(batch: int, length: int, group: int) -> None:
     meta = make_meta(torch.device("cuda"), [length - 1000 * b for b in range(batch)], page_size=64)
     scores, lse = padded_scores(meta, 8 * group, spread=2.5)

@@ -122,8 +122,8 @@ def plan_memory(
         "hot rows": sum(slots) * (row + 8),
         "slot maps": sum(count > 0 for count in slots) * num_pages * heads * size * 4,
         "dense layers": len(dense) * layer_kv,
-        # scores; prune's weights, exact, index, location and two fetch lists; grades; errors
-        "step buffers": lists * (model.num_q_heads * 4 + heads * (6 * 4 + 1))
+        # scores; prune's weights, exact, location and two fetch lists; grades; errors
+        "step buffers": lists * (model.num_q_heads * 4 + heads * (5 * 4 + 1))
         + max_num_seqs * per_sequence * model.num_q_heads * 4
         if sparse
         else 0,

@@ -66,7 +66,7 @@ class StepBuffers:
             self.weights[:n],
             Pruned(
                 RowLists(lists.exact.tokens[:n], lists.exact.counts[:n]),
-                RowLists(lists.index.tokens[:n], lists.index.counts[:n]),
+                lists.index_counts[:n],
                 lists.grades[:n],
                 lists.mass[:n],
             ),
@@ -151,7 +151,7 @@ class TierShape:
         scores, weights, locations = floats(num_q_heads), floats(heads), ints()
         errors = torch.zeros(n, num_q_heads, pages, device=self.device)
         estimate = allocate_workspace(n, num_q_heads, heads, self.device)
-        exact, index, src, dst = ints(), ints(), ints(), ints()
+        exact, src, dst = ints(), ints(), ints()
         grades = torch.zeros(n, heads, capacity, dtype=torch.uint8, device=self.device)
         return {
             layer: StepBuffers(
@@ -161,7 +161,7 @@ class TierShape:
                 weights=weights,
                 pruned=Pruned(
                     exact=RowLists(exact, at.exact),
-                    index=RowLists(index, at.index),
+                    index_counts=at.index,
                     grades=grades,
                     mass=at.mass,
                 ),

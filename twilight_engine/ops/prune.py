@@ -13,12 +13,12 @@ GROUP_RULES = ("mean", "union")
 
 
 def allocate_pruned(
-    num_rows: int, num_kv_heads: int, capacity: int, device: torch.device, *, with_index: bool
+    num_rows: int, num_kv_heads: int, capacity: int, device: torch.device
 ) -> Pruned:
-    """Outputs of prune; without an index grade its list has capacity 0."""
+    """Outputs of prune."""
     return Pruned(
         exact=RowLists.empty(num_rows, num_kv_heads, capacity, device),
-        index=RowLists.empty(num_rows, num_kv_heads, capacity if with_index else 0, device),
+        index_counts=torch.zeros(num_rows, num_kv_heads, dtype=torch.int32, device=device),
         grades=torch.empty(num_rows, num_kv_heads, capacity, dtype=torch.uint8, device=device),
         mass=torch.empty(num_rows, num_kv_heads, device=device),
     )
@@ -77,14 +77,12 @@ def _check_errors(errors: Tensor, scores: Tensor, meta: StepMeta, margin: float)
         raise ValueError(f"margin is {margin}; it must be >= 0")
 
 
-def _check_capacity(scores: Tensor, out: Pruned, meta: StepMeta, *, with_index: bool) -> None:
+def _check_capacity(scores: Tensor, out: Pruned, meta: StepMeta) -> None:
     sizes = {
         "scores": scores.shape[2],
         "out.exact": out.exact.tokens.shape[2],
         "out.grades": out.grades.shape[2],
     }
-    if with_index:
-        sizes["out.index"] = out.index.tokens.shape[2]
     for name, size in sizes.items():
         if size < meta.max_len:
             raise ValueError(f"{name} holds {size} tokens; max_len is {meta.max_len}")
@@ -127,8 +125,7 @@ def _launch(
         weights=launch.ptr(weights),
         exact_tokens=launch.ptr(out.exact.tokens),
         exact_counts=launch.ptr(out.exact.counts),
-        index_tokens=launch.ptr(out.index.tokens),
-        index_counts=launch.ptr(out.index.counts),
+        index_counts=launch.ptr(out.index_counts),
         grades=launch.ptr(out.grades),
         mass=launch.ptr(out.mass),
         num_rows=num_rows,
@@ -139,7 +136,6 @@ def _launch(
         max_len=meta.max_len,
         capacity=capacity,
         exact_capacity=out.exact.tokens.shape[2],
-        index_capacity=out.index.tokens.shape[2],
         grades_capacity=out.grades.shape[2],
         block=block,
         num_blocks=0 if candidates is None else candidates.shape[2],
@@ -173,11 +169,12 @@ def prune(
 
     w[t] = exp(scores[t] - lse): the mean over the group's query heads (one set) under the rule
     "mean", each query head's own (a set each, united) under "union". tau is the largest that
-    reaches top_p, found on the float bits, so all ties are kept and no tolerance is involved;
-    where all candidates together do not reach it, all are taken. Resident tokens are exact and
-    count first. top_p >= 1 takes every candidate by rule. top_k takes exactly
-    max(0, top_k - residents) candidates, ties by position. The index list has the tokens of the
-    same rule with index_top_p that are not exact.
+    reaches top_p among the floats whose TIE_BITS low bits are zero, so weights that agree in the
+    bits above, which lie within 2^-13 of each other, are ties; all ties are kept and no tolerance
+    is involved. Where all candidates together do not reach top_p, all are taken. Resident tokens
+    are exact and count first. top_p >= 1 takes every candidate by rule. top_k takes exactly
+    max(0, top_k - residents) candidates by all bits, ties by position. The index grade has the
+    tokens of the same rule with index_top_p that are not exact.
 
     The margin: K's codes make a score err by errors[n, h, page], so a weight by w * error, and the
     mass of a set of mass p by sqrt(p * (1 - p) * sum of those squares over the list tokens). top_p
@@ -185,7 +182,7 @@ def prune(
 
     Args:
         scores, lse: [N, Hq, C] and [N, Hq] float32, as estimate_scores gives them.
-        top_p, index_top_p: [B] float32, a mass of the whole context; index_top_p None: no list.
+        top_p, index_top_p: [B] float32, a mass of the whole context; None: no index grade.
         top_k: [B] int32, in place of top_p where >= 1.
         fetch_block: 1, or page_size: every list token of a page that holds an exact one is exact.
         candidates: [N, Hkv, NB] uint8 by block of `block` tokens (default: a page); None: all.
@@ -194,7 +191,7 @@ def prune(
         margin: standard errors that the exact mass aimed at is raised by; see below.
         out: from allocate_pruned, with a capacity >= meta.max_len.
         weights: [N, Hkv, C] float32 workspace (CUDA only): weights that do not fit on the chip.
-    Returns: Pruned; lists ascending, without resident tokens. Tokens outside the candidates are
+    Returns: Pruned; the list ascending, without resident tokens. Tokens outside the candidates are
         GRADE_DROPPED where their score is -inf, else GRADE_TAIL.
     Raises: ValueError for shapes, dtypes, a group_rule or a fetch_block other than these.
     Source: Twilight (arXiv 2502.02770), Algorithm 1, with a radix select in place of its bisection.
@@ -207,14 +204,8 @@ def prune(
     if errors is not None:
         _check_errors(errors, scores, meta, margin)
     if out is None:
-        out = allocate_pruned(
-            scores.shape[0],
-            num_kv_heads,
-            scores.shape[2],
-            scores.device,
-            with_index=index_top_p is not None,
-        )
-    _check_capacity(scores, out, meta, with_index=index_top_p is not None)
+        out = allocate_pruned(scores.shape[0], num_kv_heads, scores.shape[2], scores.device)
+    _check_capacity(scores, out, meta)
     if scores.is_cuda:
         _launch(
             scores, lse, meta, top_p=top_p, index_top_p=index_top_p, top_k=top_k,

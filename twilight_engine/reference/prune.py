@@ -11,6 +11,7 @@ from twilight_engine.layout import (
     GRADE_INDEX,
     GRADE_TAIL,
     MOST_MASS,
+    TIE_BITS,
     Pruned,
     RowLists,
     StepMeta,
@@ -25,7 +26,10 @@ def with_margin(p: float, w_error: Tensor, margin: float) -> float:
 
 
 def threshold_set(w: Tensor, resident: Tensor, candidate: Tensor, p: float) -> Tensor:
-    """The smallest {w >= tau} over candidates that lifts the resident mass to p; ties kept."""
+    """The smallest {w >= tau} over candidates that lifts the resident mass to p; ties kept.
+
+    Weights that differ in their TIE_BITS low bits only are ties.
+    """
     if p >= 1:
         return candidate
     needed = p - w[resident].double().sum()
@@ -33,7 +37,10 @@ def threshold_set(w: Tensor, resident: Tensor, candidate: Tensor, p: float) -> T
         return torch.zeros_like(candidate)
     ordered = w[candidate].sort(descending=True).values
     reached = (ordered.double().cumsum(0) >= needed).nonzero()
-    return candidate & (w >= ordered[reached[0]]) if len(reached) else candidate
+    if not len(reached):
+        return candidate
+    tau = ordered[reached[0]].view(torch.int32) >> TIE_BITS
+    return candidate & (w.view(torch.int32) >> TIE_BITS >= tau)
 
 
 def largest_set(w: Tensor, resident: Tensor, candidate: Tensor, k: int) -> Tensor:
@@ -65,7 +72,7 @@ def prune(
     n_rows, num_q_heads, capacity = scores.shape
     group, device = num_q_heads // num_kv_heads, scores.device
     exact = RowLists.empty(n_rows, num_kv_heads, capacity, device)
-    index = RowLists.empty(n_rows, num_kv_heads, capacity, device)
+    index_counts = torch.zeros(n_rows, num_kv_heads, dtype=torch.int32, device=device)
     grades = torch.empty(n_rows, num_kv_heads, capacity, dtype=torch.uint8, device=device)
     mass = torch.zeros(n_rows, num_kv_heads, device=device)
     for n in range(n_rows):
@@ -106,7 +113,6 @@ def prune(
             grade[is_exact | resident] = GRADE_EXACT
             grades[n, h, t] = grade
             mass[n, h] = weights.mean(0)[is_exact | resident].sum()
-            for lists, chosen in ((exact, is_exact), (index, is_index)):
-                lists.tokens[n, h, : int(chosen.sum())] = t[chosen].int()
-                lists.counts[n, h] = chosen.sum()
-    return Pruned(exact, index, grades, mass)
+            exact.tokens[n, h, : int(is_exact.sum())] = t[is_exact].int()
+            exact.counts[n, h], index_counts[n, h] = is_exact.sum(), is_index.sum()
+    return Pruned(exact, index_counts, grades, mass)

@@ -14,6 +14,7 @@ from twilight_engine.layout import (
     GRADE_INDEX,
     GRADE_TAIL,
     MOST_MASS,
+    TIE_BITS,
     Pruned,
     RowLists,
     StepMeta,
@@ -54,7 +55,11 @@ def _threshold_set(w: Floats, resident_mass: float, p: float) -> Mask:
     if p >= 1:
         return w >= 0
     needed = p - resident_mass
-    return w >= _threshold(w, needed) if needed > 0 else np.zeros(len(w), np.bool_)
+    if needed <= 0:
+        return np.zeros(len(w), np.bool_)
+    bits = np.float32(_threshold(w, needed)).view(np.int32) >> TIE_BITS
+    chosen: Mask = w.view(np.int32) >> TIE_BITS >= bits
+    return chosen
 
 
 def _largest_set(w: Floats, count: int) -> Mask:
@@ -147,7 +152,7 @@ def prune(
     for n in range(meta.num_queries):
         b = int(meta.query_seq[n])
         start, stop = int(meta.ctx_starts[n]), int(meta.positions[n]) + 1
-        out.exact.counts[n], out.index.counts[n], out.mass[n] = 0, 0, 0
+        out.exact.counts[n], out.index_counts[n], out.mass[n] = 0, 0, 0
         if start >= stop:
             continue
         first = min(max(start, meta.num_sink), stop)
@@ -195,5 +200,4 @@ def prune(
             listed[exact] = GRADE_EXACT
             out.mass[n, h] = float(mean[h, 0][grades == GRADE_EXACT].sum())
             _write(out.exact, n, h, exact, first)
-            if out.index.tokens.shape[2]:
-                _write(out.index, n, h, index, first)
+            out.index_counts[n, h] = int(index.sum())
