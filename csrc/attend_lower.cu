@@ -43,48 +43,40 @@ struct LowerWorker {
 
   const AttendLowerParams& params;
   Ring& ring;  // of the warp
-  const int lane, g, j;
+  const uint32_t lane, g, j;
   SliceSource<kD, kHeads> source;
+  const uint8_t* v_codes;         // the lane's part of row 0
+  uint32_t tile_at;               // bytes of a tile's codes in front of the lane's, for ldmatrix
+  uint32_t tail_at;               // bytes of a slice's scores in front of the lane's, in the tail
   float tail_reference[kPairs];   // -lse, log2 units, heads lane / 16 * kPairs + ..
   float index_reference[kFours];  // heads j + 4 * ..
   float tail_sum = 0.f;           // head g (kHeads 4: g % 4)
   float index_sum[kFours];        // of the lane's tokens, heads j + 4 * ..
-  float offset = 0.f;             // what all channels of column g still get
-  int take = 0, live = 0;         // the ring's first index token, and their number
+  float low_ends = 0.f;           // sum of w * min of column g's head (g % kHeads)
+  float ones = 0.f;               // column g's sum of scale * w, as the products take it
+  uint32_t take = 0;              // the ring's first index token
+  int live = 0;                   // and their number
   int waiting = 0, mean_at = 0;   // pages whose means are to be added, and the first one's slot
   Products products;
 
-  __device__ LowerWorker(const AttendLowerParams& params, Ring& ring, int lane)
+  __device__ LowerWorker(const AttendLowerParams& params, Ring& ring, uint32_t lane)
       : params(params), ring(ring), lane(lane), g(lane / 4), j(lane % 4) {}
 
-  __device__ int slices_per_page() const {
-    return (params.step.page_size + kSliceTokens - 1) / kSliceTokens;
-  }
-
-  __device__ void listed(int n, int& from, int& to) const {
-    const StepView& step = params.step;
-    from = max(step.ctx_starts[n], step.num_sink);
-    to = min(step.window_starts[step.query_seq[n]], step.positions[n] + 1);
-  }
-
   __device__ int num_items(int n, int) const {
-    int from, to;
-    listed(n, from, to);
-    if (from >= to) return 0;
-    const int page_size = params.step.page_size;
-    return ((to - 1) / page_size - from / page_size + 1) * slices_per_page();
+    const StepView& step = params.step;
+    const int2 tokens = listed_tokens(step, n);
+    if (tokens.x >= tokens.y) return 0;
+    const int pages = (tokens.y - 1) / step.page_size - tokens.x / step.page_size + 1;
+    return pages * slices_per_page(step);
   }
 
   __device__ void start(const Segment& segment, int first_item, int last_item) {
-    const StepView& step = params.step;
-    int first, last;
-    listed(segment.n, first, last);
-    Walk& walk = ring.walk;
-    walk.pages = step.page_table + int64_t{step.query_seq[segment.n]} * step.page_table_stride;
-    walk.item = first_item, walk.last_item = last_item;
-    walk.first = first, walk.last = last;
-    walk.first_page = first / step.page_size, walk.slices_per_page = slices_per_page();
+    ring.walk.start(params.step, segment.n, first_item, last_item);
     source.start(params, segment, lane);
+    v_codes = params.v_codes + j * Ring::kCopyBytes;
+    tile_at = Products::row_at(lane);
+    tail_at = (lane / 16 * kPairs * Slice<kHeads>::kStride + lane % 16 * 4) * 4;
+    keep(v_codes), keep(tile_at), keep(tail_at);
     __syncwarp();
   }
 
@@ -101,7 +93,7 @@ struct LowerWorker {
       index_reference[m] = reference(j + 4 * m);
       index_sum[m] = 0.f;
     }
-    tail_sum = offset = 0.f;
+    tail_sum = low_ends = ones = 0.f;
     take = live = waiting = mean_at = 0;
     products.clear();
   }
@@ -111,62 +103,63 @@ struct LowerWorker {
   // codes of all slices but the one before it.
   __device__ void attend(const Segment& segment, int first_item, int last_item) {
     first_item += __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
-    const int steps = (last_item - first_item + kSplitWarps - 1) / kSplitWarps;  // or less than 1
+    // Slices that are yet to be added, the one at hand among them.
+    int steps = max(last_item - first_item + kSplitWarps - 1, 0) / kSplitWarps;
     start(segment, first_item, last_item);
+    if (steps > 0) source.look_up(ring.walk, segment.h, 0);
 #pragma unroll 1
-    for (int k = 0; k < kAhead; ++k) {
+    for (int k = 0; k < min(kAhead, steps); ++k) source.ask_scores(ring.slices[k], k);
+#pragma unroll 1
+    for (int k = 0; k < kAhead; ++k) {  // these wait for page ids
+      if (k < steps) source.ask_mean(ring.slices[k], ring.means[k], k);
       commit_copies();
-      if (k < steps) {
-        if (k == 0) source.look_up(ring.walk, segment.h, 0);
-        source.ask(ring.slices[k], ring.means[k], k);
-      }
       commit_copies();
     }
     clear(segment);
-    if (steps < 1) return;
-    int slot = 0, ahead = kAhead;  // of the slice at hand, and of the mean that is next asked for
-    int listed = 0, left = 0;      // its index tokens, and those that are yet to join the ring
-    int fresh = 0;                 // tokens of the ring whose codes may not be there
+    if (steps == 0) return;
+    uint32_t slot = 0, mean_slot = kAhead;  // of the slice at hand, of the mean next asked for
+    uint32_t next = kAhead;                 // the slice next asked for
+    int left = 0;   // index tokens of the slice at hand that are yet to join the ring
+    int fresh = 0;  // tokens of the ring whose codes may not be there
 #pragma unroll 1
-    for (int step = 0;;) {
+    while (true) {
       Slice<kHeads>& slice = ring.slices[slot];
-      const bool done = step == steps;
-      if (done || left > 0) {
-        if (done) fill_tile();
+      if (steps == 0 || left > 0) {
+        if (steps == 0) fill_tile();
         wait_copies<0>();
         fresh = 0;
       }
       wait_copies<kAhead>();
       __syncwarp();
 #pragma unroll 1
-      for (int tiles = (live - fresh) / kCodeTokens; tiles > 0; --tiles) add_tile();
-      if (!done && left == 0) left = listed = add_slice(slice);
+      for (; live - fresh >= kCodeTokens; live -= kCodeTokens) add_tile();
+      if (steps > 0 && left == 0) left = add_slice(slice);
       __syncwarp();
-      if (waiting == kMeanPages || (done && waiting > 0)) add_means();
-      if (done) return;
+      if (waiting == kMeanPages || (steps == 0 && waiting > 0)) add_means();
+      if (steps == 0) return;
       fresh = min(left, kRingTokens - live);
-      push(slice, ring.listed + (listed - left), fresh);
       left -= fresh;
+      push(slice, ring.listed + left, fresh);
       commit_copies();
       if (left > 0) continue;  // the ring is full
       __syncwarp();
-      const int next = step + kAhead;
-      if (next < steps) {
+      if (steps > kAhead) {
         if (next % 32 == 0) source.look_up(ring.walk, segment.h, next);
-        source.ask(slice, ring.means[ahead], next);
+        source.ask_scores(slice, next);
+        source.ask_mean(slice, ring.means[mean_slot], next);
       }
       commit_copies();
       slot = slot + 1 == kAhead ? 0 : slot + 1;
-      ahead = ahead + 1 == kMeanSlots ? 0 : ahead + 1;
-      ++step;
+      mean_slot = mean_slot + 1 == kMeanSlots ? 0 : mean_slot + 1;
+      ++next;
+      --steps;
     }
   }
 
   // The masses of a slice's tail tokens, and a list of its index tokens; returns how many.
   __device__ int add_slice(const Slice<kHeads>& slice) {
-    const int part = lane % 16 * 4;
+    const uint32_t part = lane % 16 * 4, bounds = slice.bounds;
     uint32_t four = slice.grades[lane % 16];
-    const int bounds = slice.bounds;
     if (bounds != Slice<kHeads>::kWhole) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
@@ -174,46 +167,47 @@ struct LowerWorker {
         if (!counts) four |= kGradeDropped << (8 * c);
       }
     }
-    if (params.v_mean != nullptr) add_tail(slice, ~(four | four >> 1));
+    // Bits 1, 9, 17 and 25 tell.
+    if (params.v_mean != nullptr) add_tail(slice, four | four << 1);
     if (params.v_codes == nullptr) return 0;
     // Of the lane's four tokens, half a warp takes two.
-    const uint32_t two = (four & ~(four >> 1)) >> (lane & 16);
-    const uint32_t ones = __ballot_sync(kAllLanes, two & 1);
-    const uint32_t others = __ballot_sync(kAllLanes, two & 256);
-    const uint32_t below = (1u << lane) - 1;
-    const int count = __popc(ones), at = part + lane / 16 * 2;
-    if (two & 1) ring.listed[__popc(ones & below)] = at;
-    if (two & 256) ring.listed[count + __popc(others & below)] = at + 1;
+    const uint32_t two = (four << 1 & ~four) >> (lane & 16), below = (1u << lane) - 1;
+    uint32_t one = two & 2, other = two & 512;
+    keep(one), keep(other);
+    const uint32_t ones = __ballot_sync(kAllLanes, one), others = __ballot_sync(kAllLanes, other);
+    const int count = __popc(ones), token = part + lane / 16 * 2;
+    uint8_t* one_at = ring.listed + __popc(ones & below);
+    uint8_t* other_at = ring.listed + count + __popc(others & below);
+    if (one != 0) *one_at = token;
+    if (other != 0) *other_at = token + 1;
     return count + __popc(others);
   }
 
-  // tail: bits 0, 8, 16 and 24 for the lane's tokens.
-  __device__ void add_tail(const Slice<kHeads>& slice, uint32_t tail) {
+  __device__ void add_tail(const Slice<kHeads>& slice, uint32_t others) {
     float sums[kPairs];
 #pragma unroll
     for (int m = 0; m < kPairs; ++m) {
       const float4 x =
           *reinterpret_cast<const float4*>(&slice.scores[lane / 16 * kPairs + m][lane % 16 * 4]);
       const float four[4] = {x.x, x.y, x.z, x.w};
-      sums[m] = 0.f;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const float weight = exp2_fast(fmaf(four[c], kLog2e, tail_reference[m]));
-        if (tail >> (8 * c) & 1) sums[m] += weight;
+        if (c == 0) sums[m] = 0.f;
+        if ((others & 2 << 8 * c) == 0) sums[m] = c == 0 ? weight : sums[m] + weight;
       }
     }
-    ring.masses[waiting][lane] = sum_by_head(sums);
-    if (!__any_sync(kAllLanes, tail & 0x01010101)) {  // such a page may have no mean
-      int at = mean_at + waiting;
-      at = at < kMeanSlots ? at : at - kMeanSlots;
-      for (int d = lane; d < kD; d += 32) ring.means[at][d] = __half{};
+    ring.masses[waiting][lane] = sum_by_head(sums, lane);
+    if (__all_sync(kAllLanes, (others & 0x02020202) == 0x02020202)) {  // the page may have no mean
+      const int at = mean_at + waiting, slot = at < kMeanSlots ? at : at - kMeanSlots;
+      for (uint32_t d = lane; d < kD; d += 32) ring.means[slot][d] = __half{};
     }
     ++waiting;
   }
 
   __device__ void add_means() {
     constexpr int kTerms = 32 / kHeads;
-    const bool mine = j < waiting;  // else the first page's, and no mass
+    const bool mine = j < static_cast<uint32_t>(waiting);  // else the first page's, and no mass
     const int page = mine ? j : 0;
     const float4* terms = reinterpret_cast<const float4*>(&ring.masses[page][g % kHeads * kTerms]);
     float mass = 0.f;
@@ -235,25 +229,32 @@ struct LowerWorker {
   // and scales. Four lanes a token, each for every fourth head and copy; groups of lanes too many
   // do the last token again.
   __device__ void push(const Slice<kHeads>& slice, const uint8_t* tokens, int count) {
-    const uint32_t first_row = slice.row;
-    const int put = take + live;
+    const __half2* v_scale = static_cast<const __half2*>(params.v_scale);
+    const uint32_t first_row = slice.row, put = take + live;
     live += count;
 #pragma unroll 1
-    for (int i = g; i - g < count; i += 16) {
+    for (int i = g; i < count + static_cast<int>(g); i += 16) {
+      uint32_t t[2], at[2];
 #pragma unroll
-      for (int u = 0; u < 16; u += 8) {
-        const int mine = min(i + u, count - 1), t = tokens[mine];
-        const int at =
-            min(static_cast<uint32_t>(put + mine), static_cast<uint32_t>(put + mine - kRingTokens));
-        ring.copy_row(params.v_codes, static_cast<const __half2*>(params.v_scale), first_row + t,
-                      at);
+      for (int u = 0; u < 2; ++u) {
+        const int mine = min(i + 8 * u, count - 1);
+        t[u] = tokens[mine];
+        at[u] = min(put + mine, put + mine - kRingTokens);
+      }
 #pragma unroll
-        for (int m = 0; m < kFours; ++m) {
-          const int head = j + 4 * m;
-          const float x = fmaf(slice.scores[head][t], kLog2e, index_reference[m]);
-          const float weight = exp2_fast(x);
-          index_sum[m] += i + u < count ? weight : 0.f;
-          ring.weights[head][at] = weight;
+      for (int u = 0; u < 2; ++u) ring.copy_codes(v_codes, first_row + t[u], at[u], j);
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        if (j == 0) copy_async<4>(&ring.affine[at[u]], v_scale + (first_row + t[u]));
+      }
+#pragma unroll
+      for (int m = 0; m < kFours; ++m) {
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          const float score = slice.scores[j + 4 * m][t[u]];
+          const float weight = exp2_fast(fmaf(score, kLog2e, index_reference[m]));
+          index_sum[m] += i + 8 * u < count ? weight : 0.f;
+          ring.weights[j + 4 * m][at[u]] = weight;
         }
       }
     }
@@ -261,44 +262,41 @@ struct LowerWorker {
 
   // Makes what is left in the ring whole tiles, by tokens without a weight.
   __device__ void fill_tile() {
-    const int rest = -live & (kCodeTokens - 1);
-    int at = take + live + lane;
-    at = at < kRingTokens ? at : at - kRingTokens;
+    const uint32_t rest = -live & (kCodeTokens - 1);
+    const uint32_t at = take + live + lane;
     live += rest;
     if (lane >= rest) return;
-    ring.clear_token(at);
+    ring.clear_token(min(at, at - kRingTokens));
   }
 
   // The ring's first 16 tokens.
   __device__ void add_tile() {
-    const int at = take + 2 * j;
+    const uint32_t at = take + 2 * j;
     const float* weights = &ring.weights[g % kHeads][at];
     const float2 w[2] = {*reinterpret_cast<const float2*>(weights),
                          *reinterpret_cast<const float2*>(weights + 8)};
     const uint2 affine[2] = {*reinterpret_cast<const uint2*>(&ring.affine[at]),
                              *reinterpret_cast<const uint2*>(&ring.affine[at + 8])};
-    float scaled[4], low_ends = 0.f;
+    float scaled[4];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const float2 x = __half22float2(reinterpret_cast<const __half2&>(affine[k].x));
       const float2 y = __half22float2(reinterpret_cast<const __half2&>(affine[k].y));
-      low_ends += w[k].x * x.y + w[k].y * y.y;
-      scaled[2 * k] = 16.f * x.x * w[k].x;
-      scaled[2 * k + 1] = 16.f * y.x * w[k].y;
+      low_ends = fmaf(w[k].x, x.y, fmaf(w[k].y, y.y, low_ends));
+      scaled[2 * k] = x.x * w[k].x;
+      scaled[2 * k + 1] = y.x * w[k].y;
     }
     uint32_t high[2], low[2];
     split_weights(scaled, high, low);
     if constexpr (Products::kLowColumns) {
-      const bool own = g < kHeads;
-      high[0] = own ? high[0] : low[0];
-      high[1] = own ? high[1] : low[1];
-      offset += (own ? low_ends : 0.f) - sum_pairs(high);
+      high[0] = g < kHeads ? high[0] : low[0];
+      high[1] = g < kHeads ? high[1] : low[1];
+      ones += sum_pairs(high);
     } else {
-      offset += low_ends - (sum_pairs(high) + sum_pairs(low));
+      ones += sum_pairs(high) + sum_pairs(low);
     }
-    products.add_codes(ring, take, high, low);
+    products.add_codes(ring, take, tile_at, high, low);
     take = take + kCodeTokens == kRingTokens ? 0 : take + kCodeTokens;
-    live -= kCodeTokens;
   }
 
   // Sum of head g, and what is to be added to all channels of column g.
@@ -306,7 +304,8 @@ struct LowerWorker {
 #pragma unroll
     for (int mask = 1; mask < 4; mask <<= 1) {
       tail_sum += __shfl_xor_sync(kAllLanes, tail_sum, mask);
-      offset += __shfl_xor_sync(kAllLanes, offset, mask);
+      low_ends += __shfl_xor_sync(kAllLanes, low_ends, mask);
+      ones += __shfl_xor_sync(kAllLanes, ones, mask);
     }
     float sum = tail_sum;
 #pragma unroll
@@ -318,7 +317,7 @@ struct LowerWorker {
       const float index = __shfl_sync(kAllLanes, index_sum[m], g % 4);
       if (g / 4 % kFours == m) sum += index;
     }
-    return make_float2(sum, offset);
+    return make_float2(sum, (g < kHeads ? low_ends : 0.f) - kCodeSteps * ones);
   }
 
   __device__ void write_partial(const Segment& segment, int64_t slot) {
@@ -353,7 +352,8 @@ struct LowerWorker {
           same += sums[w][column].y;
         }
       }
-      x = {x.x + same, x.y + same, x.z + same, x.w + same};
+      x = {fmaf(kCodeSteps, x.x, same), fmaf(kCodeSteps, x.y, same), fmaf(kCodeSteps, x.z, same),
+           fmaf(kCodeSteps, x.w, same)};
       reinterpret_cast<float4*>(slot_out(params.work, slot, kD))[i] = x;
       if (quad == 0) {
         slot_state(params.work, slot, kD)[head] =
@@ -366,14 +366,16 @@ struct LowerWorker {
 
 // Up to 96 registers for the usual shape: three blocks leave a multiprocessor 44 % of them.
 template <int kD, int kHeads>
-__global__ void __launch_bounds__(kSplitThreads, kD > 128 ? 4 : 5)
+__global__ void __launch_bounds__(kSplitThreads, kD* kHeads > 1024   ? 3
+                                                 : kD * kHeads > 512 ? 4
+                                                                     : 5)
     attend_lower_kernel(AttendLowerParams params) {
   extern __shared__ __align__(16) char shared[];
   let_next_start();
   // Kept in registers, where the compiler would find them anew at each use.
   uint32_t ring = shared_address(shared) + threadIdx.x / 32 * sizeof(WarpRing<kD, kHeads>);
-  int lane = threadIdx.x % 32;
-  asm volatile("" : "+r"(ring), "+r"(lane));
+  uint32_t lane = threadIdx.x % 32;
+  keep(ring), keep(lane);
   LowerWorker<kD, kHeads> worker(
       params, *static_cast<WarpRing<kD, kHeads>*>(__cvta_shared_to_generic(ring)), lane);
   wait_for_inputs();

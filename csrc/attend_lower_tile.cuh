@@ -11,6 +11,7 @@
 
 namespace twilight {
 
+constexpr float kCodeSteps = 16.f;          // a code c enters the products as 1 + c / 16
 constexpr uint32_t kTf32Bits = 0xFFFFE000;  // of a float, what a tf32 keeps
 
 // 2^x; 0 for -inf.
@@ -23,9 +24,9 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // Adds up what half a warp has of each of its heads, 2 or 4, down to 32 terms of the warp's heads:
 // lane l gets one of head l * heads / 32.
 template <int kCount>
-__device__ __forceinline__ float sum_by_head(const float (&x)[kCount]) {
-  const auto swap = [](float a, float b, int mask) {
-    const bool second = threadIdx.x & mask;
+__device__ __forceinline__ float sum_by_head(const float (&x)[kCount], uint32_t lane) {
+  const auto swap = [lane](float a, float b, uint32_t mask) {
+    const bool second = lane & mask;
     return (second ? b : a) + __shfl_xor_sync(kAllLanes, second ? a : b, mask);
   };
   if constexpr (kCount == 2) return swap(x[0], x[1], 8);
@@ -82,7 +83,7 @@ __device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t ones) {
   return y;
 }
 
-// out^T of a warp: [2 * chunk + k] of row tiles, columns 2 * j and 2 * j + 1.
+// out^T of a warp over kCodeSteps: [2 * chunk + k] of row tiles, columns 2 * j and 2 * j + 1.
 template <int kD, int kHeads>
 struct LowerProducts {
   using Ring = WarpRing<kD, kHeads>;
@@ -99,21 +100,25 @@ struct LowerProducts {
     }
   }
 
+  // Bytes of a tile's codes in front of those of which a lane gives ldmatrix the address.
+  __device__ static uint32_t row_at(uint32_t lane) {
+    const uint32_t row = lane % 16;
+    return row * (kChunks * 16) + ((lane / 16) ^ Ring::key(row)) * 16;
+  }
+
   // out += 1 + code / 16 of the 16 tokens from row `first` of the ring, times their weights: those
-  // of tokens 2 * j, 2 * j + 1, 2 * j + 8, 2 * j + 9 for column g.
-  __device__ void add_codes(const Ring& ring, int first, const uint32_t (&high)[2],
-                            const uint32_t (&low)[2]) {
-    const int lane = threadIdx.x % 32, row = lane % 16;
-    const uint32_t rows = shared_address(ring.codes) + (first + row) * (kChunks * 16);
-    const int chunk = (lane / 16) ^ Ring::key(row);
+  // of tokens 2 * j, 2 * j + 1, 2 * j + 8, 2 * j + 9 for column g. lane_at: row_at of the lane.
+  __device__ void add_codes(const Ring& ring, uint32_t first, uint32_t lane_at,
+                            const uint32_t (&high)[2], const uint32_t (&low)[2]) {
+    const uint32_t rows = shared_address(ring.codes) + first * (kChunks * 16);
     uint32_t ones = 0x3F803F80;  // two bf16
-    asm volatile("" : "+r"(ones));
+    keep(ones);
     uint32_t a[4];
 #pragma unroll
     for (int u = 0; u < kChunks; u += 2) {
-      const uint32_t at = rows + (kChunks == 3 ? chunk + u : chunk ^ u) * 16;
+      const uint32_t at = rows + (kChunks == 3 ? lane_at + u * 16 : lane_at ^ u * 16);
       if (u + 1 == kChunks) {
-        load_two_transposed(a, rows + u * 16);
+        load_two_transposed(a, at);
         add_chunk(u, a[0], a[1], ones, high, low);
       } else {
         load_matrices_transposed(a, at);
@@ -139,10 +144,11 @@ struct LowerProducts {
     }
   }
 
-  // out += the mean of page j times its mass for column g, over four pages. float16 is exact in
-  // tf32; the mass is the sum of two, which take a column of the product each.
+  // out += 1 / kCodeSteps of the mean of page j times its mass for column g, over four pages.
+  // float16 is exact in tf32; the mass is the sum of two, which take a column of the product each.
   __device__ void add_mean(const __half* mean, float mass) {
     const int g = threadIdx.x % 32 / 4;
+    mass *= 1.f / kCodeSteps;
     const uint32_t high = __float_as_uint(mass) & kTf32Bits;
     const uint32_t b[2] = {high, __float_as_uint(mass - __uint_as_float(high))};
 #pragma unroll
