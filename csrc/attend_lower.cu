@@ -9,17 +9,19 @@
 // of grades, 4 of means; together 54. The walk reads 39, and needs no list.
 //
 // Persistent blocks share all slices evenly (split_attend.cuh). A slice is up to 64 tokens of a
-// page; half a warp takes one at a time, four tokens a lane. Grades and page ids are read two steps
-// early, and what they ask for comes into the L2 one step early, so that few warps (they leave room
-// for the fetch and the exact rows, which run beside them) wait for no HBM. lse is known, so a
-// weight needs no running maximum: it is at most 1, and partial states need no rescaling.
-//   Tail: a lane sums its tokens' weights, head by head; five shuffles add them up for four heads
-//   and both slices. Eight pages' masses and means are one product on tensor cores (m16n8k8, tf32).
-//   Index: tokens wait in a ring until they are 16, whichever slices they are of, then out^T += V^T
-//   P^T (m16n8k16, bf16; csrc/attend_lower_tile.cuh). A nibble c enters as 1 + c / 16, exact, in a
-//   shift and a lop3 a pair; P holds 16 * scale * w as the sum of two bf16, off by 2^-17 at most;
-//   the ones are taken out again, in float, at the end, together with w * min, which is the same
-//   for all channels.
+// page; a warp takes one at a time. Few warps run, because they leave room for the fetch and the
+// exact rows beside them, so none may wait: all that a slice asks for is copied to shared memory
+// (cp.async) ahead of its turn: scores, grades and mean three slices, codes and scales of its index
+// tokens, which its grades tell, one to two. lse is known, so a weight needs no running maximum: it
+// is at most 1, and partial states need no rescaling.
+//   Tail: half a warp a pair of heads (or four), four tokens a lane; one shuffle leaves eight sums
+//   a head, which are added up for four pages at once, whose means and masses are one product
+//   (m16n8k8, tf32).
+//   Index: tokens and their weights wait in a ring for their codes and until they are 16, whichever
+//   slices they are of, then out^T += V^T P^T (m16n8k16, bf16; csrc/attend_lower_tile.cuh). A
+//   nibble c enters as 1 + c / 16, exact, in a shift and a lop3 a pair; P holds 16 * scale * w as
+//   the sum of two bf16, off by 2^-17 at most; the ones are taken out again, in float, at the end,
+//   together with w * min, which is the same for all channels.
 //
 // Bytes: 1 of grades and 4 G of scores a token, D / 2 + 4 an index token, 2 D a page.
 #include "csrc/attend_lower.h"
@@ -28,340 +30,330 @@
 namespace twilight {
 namespace {
 
-template <int kD>
+// kHeads: 4 or 8, at least the heads of a segment.
+template <int kD, int kHeads>
 struct LowerWorker {
-  using Pairs = LanePairs<kD>;
+  using Ring = WarpRing<kD, kHeads>;
+  using Products = LowerProducts<kD, kHeads>;
   static constexpr int kHeadDim = kD;
-  static constexpr int kUnitItems = 2 * kSplitWarps;
-  static constexpr uint32_t kNoGrades = 0x01010101u * kGradeDropped;
+  static constexpr int kUnitItems = kSplitWarps;
+  static constexpr int kPairs = kHeads / 2;  // heads of half a warp, in the tail
+  static constexpr int kFours = kHeads / 4;
+  static_assert(sizeof(Ring) >= 8 * (kD + 4) * sizeof(float));  // write_partial
 
   const AttendLowerParams& params;
-  float* parts;        // [kSplitWarps][min(G, 8)][D + 4] of the block
-  WarpShared& shared;  // of the warp
-  const int lane, g, j;
-  int first = 0, last = 0;  // the tokens that row n sees and that are not resident
-  int h = 0, num_heads = 0, first_page = 0, slices = 1;
-  const int* pages = nullptr;
-  const uint8_t* grades = nullptr;
-  const float* scores = nullptr;  // of the segment's first head
-  bool vectors = false;           // four tokens' scores or grades are one load
-  bool has_head = false;
-  float reference = 0.f;     // -lse of head g, log2 units
-  float sum = 0.f;           // of the lane's index tokens, head g
-  float tail_sums[2];        // of the half warp's slices, heads lane / 4 % 4 and that + 4
-  float offset = 0.f;        // what all channels of head g still get
-  int filled = 0, used = 0;  // index tokens put into the ring, and taken out
-  int waiting = 0;           // pages whose means are to be added
-  // Of tile i, rows g (twice) and g + 8 (twice), heads 2 * j and 2 * j + 1.
-  float out[Pairs::kPairs][4];
+  Ring& ring;  // of the warp
+  const uint32_t lane, g, j;
+  SliceSource<kD, kHeads> source;
+  const uint8_t* v_codes;         // the lane's part of row 0
+  uint32_t tile_at;               // bytes of a tile's codes in front of the lane's, for ldmatrix
+  uint32_t tail_at;               // bytes of a slice's scores in front of the lane's, in the tail
+  float tail_reference[kPairs];   // -lse, log2 units, heads lane / 16 * kPairs + ..
+  float index_reference[kFours];  // heads j + 4 * ..
+  float tail_sum = 0.f;           // head g (kHeads 4: g % 4)
+  float index_sum[kFours];        // of the lane's tokens, heads j + 4 * ..
+  float low_ends = 0.f;           // sum of w * min of column g's head (g % kHeads)
+  float ones = 0.f;               // column g's sum of scale * w, as the products take it
+  uint32_t take = 0;              // the ring's first index token
+  int live = 0;                   // and their number
+  int waiting = 0, mean_at = 0;   // pages whose means are to be added, and the first one's slot
+  Products products;
 
-  __device__ LowerWorker(const AttendLowerParams& params, float* parts, WarpShared& shared)
-      : params(params),
-        parts(parts),
-        shared(shared),
-        lane(threadIdx.x % 32),
-        g(lane / 4),
-        j(lane % 4) {}
-
-  __device__ int slices_per_page() const {
-    return (params.step.page_size + kSliceTokens - 1) / kSliceTokens;
-  }
-
-  __device__ void listed(int n, int& from, int& to) const {
-    const StepView& step = params.step;
-    from = max(step.ctx_starts[n], step.num_sink);
-    to = min(step.window_starts[step.query_seq[n]], step.positions[n] + 1);
-  }
+  __device__ LowerWorker(const AttendLowerParams& params, Ring& ring, uint32_t lane)
+      : params(params), ring(ring), lane(lane), g(lane / 4), j(lane % 4) {}
 
   __device__ int num_items(int n, int) const {
-    int from, to;
-    listed(n, from, to);
-    if (from >= to) return 0;
-    const int page_size = params.step.page_size;
-    return ((to - 1) / page_size - from / page_size + 1) * slices_per_page();
-  }
-
-  __device__ void start(const Segment& segment) {
     const StepView& step = params.step;
-    const SplitWork& work = params.work;
-    const int64_t hkv = work.num_kv_heads, head = segment.n * hkv * work.group + segment.first_head;
-    h = segment.h;
-    num_heads = segment.num_heads;
-    listed(segment.n, first, last);
-    first_page = first / step.page_size;
-    slices = slices_per_page();
-    pages = step.page_table + int64_t{step.query_seq[segment.n]} * step.page_table_stride;
-    scores = params.scores + head * params.score_capacity;
-    grades = params.grades + (segment.n * hkv + h) * params.grade_capacity;
-    vectors = (step.page_size | params.score_capacity | params.grade_capacity) % 4 == 0;
-    has_head = g < num_heads;
-    const float lse = params.lse[head + (has_head ? g : 0)];
-    reference = lse > kNegInf ? lse * -kLog2e : 0.f;  // without any mass every weight is 0
-    if (j == 0) shared.references[g] = reference;
+    const int2 tokens = listed_tokens(step, n);
+    if (tokens.x >= tokens.y) return 0;
+    const int pages = (tokens.y - 1) / step.page_size - tokens.x / step.page_size + 1;
+    return pages * slices_per_page(step);
+  }
+
+  __device__ void start(const Segment& segment, int first_item, int last_item) {
+    ring.walk.start(params.step, segment.n, first_item, last_item);
+    source.start(params, segment, lane);
+    v_codes = params.v_codes + j * Ring::kCopyBytes;
+    tile_at = Products::row_at(lane);
+    tail_at = (lane / 16 * kPairs * Slice<kHeads>::kStride + lane % 16 * 4) * 4;
+    keep(v_codes), keep(tile_at), keep(tail_at);
     __syncwarp();
-    sum = offset = tail_sums[0] = tail_sums[1] = 0.f;
-    filled = used = waiting = 0;
-#pragma unroll
-    for (int i = 0; i < Pairs::kPairs; ++i) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) out[i][c] = 0.f;
-    }
   }
 
-  // Items beyond the last one show its page, and no token.
-  __device__ Slice peek(int item, int last_item) const {
-    const int mine = item + lane / 16, at = min(mine, last_item - 1), size = params.step.page_size;
-    const int in_pages = slices == 1 ? at : at / slices;
-    const int index = first_page + in_pages;
-    Slice slice;
-    slice.page = pages[index];
-    slice.skip = (at - in_pages * slices) * kSliceTokens + lane % 16 * 4;
-    slice.token = index * size + slice.skip;
-    slice.grades = kNoGrades;
-    const int end = min(last, (index + 1) * size);
-    if (mine >= last_item || slice.token >= end || slice.token + 3 < first) return slice;
-    if (vectors && slice.token >= first && slice.token + 3 < end) {
-      slice.grades = *reinterpret_cast<const uint32_t*>(grades + slice.token);
-      return slice;
-    }
+  __device__ void clear(const Segment& segment) {
+    const float* lse = params.lse + first_query_row(params.work, segment);
+    const auto reference = [&](int head) {
+      const float x = lse[min(head, segment.num_heads - 1)];
+      return x > kNegInf ? x * -kLog2e : 0.f;  // without any mass every weight is 0
+    };
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int token = slice.token + c;
-      if (token < first || token >= end) continue;
-      slice.grades &= ~(255u << (8 * c));
-      slice.grades |= static_cast<uint32_t>(grades[token]) << (8 * c);
+    for (int m = 0; m < kPairs; ++m) tail_reference[m] = reference(lane / 16 * kPairs + m);
+#pragma unroll
+    for (int m = 0; m < kFours; ++m) {
+      index_reference[m] = reference(j + 4 * m);
+      index_sum[m] = 0.f;
     }
-    return slice;
+    tail_sum = low_ends = ones = 0.f;
+    take = live = waiting = mean_at = 0;
+    products.clear();
   }
 
+  // Copies are committed twice a step: codes of index tokens, then what the slice kAhead further
+  // asks for. So when all but the last three groups are there, the slice at hand is, and so are the
+  // codes of all slices but the one before it.
   __device__ void attend(const Segment& segment, int first_item, int last_item) {
-    start(segment);
-    int item = first_item + threadIdx.x / 32 * 2;
-    if (item >= last_item) return;
-    Slice next = peek(item, last_item), after = peek(item + kUnitItems, last_item);
-    for (; item < last_item; item += kUnitItems) {
-      const Slice slice = next;
-      next = after;
-      after = peek(item + 2 * kUnitItems, last_item);
-      fetch_ahead(next);
-      add_slice(slice);
-    }
-    finish();
-  }
-
-  __device__ uint32_t head_page(const Slice& slice) const {
-    return static_cast<uint32_t>(slice.page) * params.work.num_kv_heads + h;
-  }
-
-  // Of V codes, the lane's first token. 2^32 rows of at least 32 bytes would be 137 GB.
-  __device__ uint32_t row_of(const Slice& slice) const {
-    return head_page(slice) * params.step.page_size + slice.skip;
-  }
-
-  // Brings what the slice will be asked for into the L2, a step early and in no register.
-  __device__ void fetch_ahead(const Slice& slice) const {
-    if (slice.grades == kNoGrades) return;
-    if (params.v_codes != nullptr) {
-      const uint32_t row = row_of(slice);
-      const uint8_t* codes = params.v_codes + uint64_t{row} * (kD / 2);
-      bool any = false;
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        if (grade_of(slice.grades, c) != kGradeIndex) continue;
-        any = true;
-#pragma unroll
-        for (int b = 0; b < kD / 2; b += kSectorBytes) prefetch(codes + c * (kD / 2) + b);
-      }
-      if (any) prefetch(static_cast<const __half2*>(params.v_scale) + row);
-    }
-    if (lane % 2 == 0) {  // two lanes' scores are a sector
-      const float* from = scores + slice.token;
+    first_item += __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
+    // Slices that are yet to be added, the one at hand among them.
+    int steps = max(last_item - first_item + kSplitWarps - 1, 0) / kSplitWarps;
+    start(segment, first_item, last_item);
+    if (steps > 0) source.look_up(ring.walk, segment.h, 0);
 #pragma unroll 1
-      for (int head = 0; head < num_heads; ++head, from += params.score_capacity) prefetch(from);
+    for (int k = 0; k < min(kAhead, steps); ++k) source.ask_scores(ring.slices[k], k);
+#pragma unroll 1
+    for (int k = 0; k < kAhead; ++k) {  // these wait for page ids
+      if (k < steps) source.ask_mean(ring.slices[k], ring.means[k], k);
+      commit_copies();
+      commit_copies();
     }
-    if (params.v_mean != nullptr && lane % 16 < 2 * kD / kSectorBytes) {
-      const char* means = static_cast<const char*>(params.v_mean);
-      prefetch(means + uint64_t{head_page(slice)} * (2 * kD) + lane % 16 * kSectorBytes);
+    clear(segment);
+    if (steps == 0) return;
+    uint32_t slot = 0, mean_slot = kAhead;  // of the slice at hand, of the mean next asked for
+    uint32_t next = kAhead;                 // the slice next asked for
+    int left = 0;   // index tokens of the slice at hand that are yet to join the ring
+    int fresh = 0;  // tokens of the ring whose codes may not be there
+#pragma unroll 1
+    while (true) {
+      Slice<kHeads>& slice = ring.slices[slot];
+      if (steps == 0 || left > 0) {
+        if (steps == 0) fill_tile();
+        wait_copies<0>();
+        fresh = 0;
+      }
+      wait_copies<kAhead>();
+      __syncwarp();
+#pragma unroll 1
+      for (; live - fresh >= kCodeTokens; live -= kCodeTokens) add_tile();
+      if (steps > 0 && left == 0) left = add_slice(slice);
+      __syncwarp();
+      if (waiting == kMeanPages || (steps == 0 && waiting > 0)) add_means();
+      if (steps == 0) return;
+      fresh = min(left, kRingTokens - live);
+      left -= fresh;
+      push(slice, ring.listed + left, fresh);
+      commit_copies();
+      if (left > 0) continue;  // the ring is full
+      __syncwarp();
+      if (steps > kAhead) {
+        if (next % 32 == 0) source.look_up(ring.walk, segment.h, next);
+        source.ask_scores(slice, next);
+        source.ask_mean(slice, ring.means[mean_slot], next);
+      }
+      commit_copies();
+      slot = slot + 1 == kAhead ? 0 : slot + 1;
+      mean_slot = mean_slot + 1 == kMeanSlots ? 0 : mean_slot + 1;
+      ++next;
+      --steps;
     }
   }
 
-  // 16 index tokens: what this lane needs of tokens 4 * j .. 4 * j + 3 of them.
-  struct Tile {
-    uint32_t codes[4][Pairs::kWords];
-    __half2 affine[4];  // scale, min
-    float score[4];
-  };
-
-  __device__ void load_tile(Tile& tile, int begin) const {
-    const uint4* entries =
-        reinterpret_cast<const uint4*>(shared.ring + begin % kRingTokens + 4 * j);
-    const uint4 x = entries[0], y = entries[1];
-    const uint32_t rows[4] = {x.x, x.z, y.x, y.z}, tokens[4] = {x.y, x.w, y.y, y.w};
-    const uint8_t* codes = params.v_codes + Pairs::at(0, g);
-    const float* of_head = scores + (has_head ? g : 0) * params.score_capacity;
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      Pairs::load_codes(codes + uint64_t{rows[t]} * (kD / 2), g, tile.codes[t]);
-      tile.affine[t] = __ldcg(static_cast<const __half2*>(params.v_scale) + rows[t]);
-      tile.score[t] = of_head[tokens[t]];
-    }
-  }
-
-  __device__ void add_slice(const Slice& slice) {
-    if (params.v_codes != nullptr) {
-      const uint32_t row = row_of(slice), below = (1u << lane) - 1;
+  // The masses of a slice's tail tokens, and a list of its index tokens; returns how many.
+  __device__ int add_slice(const Slice<kHeads>& slice) {
+    const uint32_t part = lane % 16 * 4, bounds = slice.bounds;
+    uint32_t four = slice.grades[lane % 16];
+    if (bounds != Slice<kHeads>::kWhole) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const bool indexed = grade_of(slice.grades, c) == kGradeIndex;
-        const uint32_t all = __ballot_sync(0xffffffffu, indexed);
-        if (indexed) {
-          shared.ring[(filled + __popc(all & below)) % kRingTokens] =
-              make_uint2(row + c, slice.token + c);
-        }
-        filled += __popc(all);
+        const bool counts = part + c >= (bounds & 255) && part + c < bounds >> 8;
+        if (!counts) four |= kGradeDropped << (8 * c);
       }
-      __syncwarp();
     }
-    Tile tile;
-    if (filled - used >= kCodeTileTokens) load_tile(tile, used);
-    if (params.v_mean != nullptr) add_tail(slice);
-    while (filled - used >= kCodeTileTokens) {
-      Tile next;
-      if (filled - used >= 2 * kCodeTileTokens) load_tile(next, used + kCodeTileTokens);
-      add_tile(tile, kCodeTileTokens);
-      used += kCodeTileTokens;
-      tile = next;
-    }
+    // Bits 1, 9, 17 and 25 tell.
+    if (params.v_mean != nullptr) add_tail(slice, four | four << 1);
+    if (params.v_codes == nullptr) return 0;
+    // Of the lane's four tokens, half a warp takes two.
+    const uint32_t two = (four << 1 & ~four) >> (lane & 16), below = (1u << lane) - 1;
+    uint32_t one = two & 2, other = two & 512;
+    keep(one), keep(other);
+    const uint32_t ones = __ballot_sync(kAllLanes, one), others = __ballot_sync(kAllLanes, other);
+    const int count = __popc(ones), token = part + lane / 16 * 2;
+    uint8_t* one_at = ring.listed + __popc(ones & below);
+    uint8_t* other_at = ring.listed + count + __popc(others & below);
+    if (one != 0) *one_at = token;
+    if (other != 0) *other_at = token + 1;
+    return count + __popc(others);
   }
 
-  // What is left of index tokens and of page means at the end of a stretch.
-  __device__ void finish() {
-    const int count = filled - used;
-    if (count > 0) {
-      uint2* from = shared.ring + used % kRingTokens;
-      if (lane >= count && lane < kCodeTileTokens) from[lane] = from[0];  // any indexed token
-      __syncwarp();
-      Tile tile;
-      load_tile(tile, used);
-      add_tile(tile, count);
-      __syncwarp();
-    }
-    if (waiting > 0) add_means();
-  }
-
-  // The masses of the tail tokens of both slices.
-  __device__ void add_tail(const Slice& slice) {
-    bool tail[4], any = false;
+  __device__ void add_tail(const Slice<kHeads>& slice, uint32_t others) {
+    float sums[kPairs];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      tail[c] = grade_of(slice.grades, c) == kGradeTail;
-      any |= tail[c];
-    }
-    if (!__any_sync(0xffffffffu, any)) return;
-    const int half = lane / 16, of_four = g % 4;
-    const float* from = scores + slice.token;
+    for (int m = 0; m < kPairs; ++m) {
+      const float4 x =
+          *reinterpret_cast<const float4*>(&slice.scores[lane / 16 * kPairs + m][lane % 16 * 4]);
+      const float four[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-    for (int four = 0; four < 2; ++four) {
-      if (4 * four >= num_heads) break;
-      float score[4][4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k, from += params.score_capacity) {
-        load_scores(from, any && 4 * four + k < num_heads, vectors, tail, score[k]);
+      for (int c = 0; c < 4; ++c) {
+        const float weight = exp2_fast(fmaf(four[c], kLog2e, tail_reference[m]));
+        if (c == 0) sums[m] = 0.f;
+        if ((others & 2 << 8 * c) == 0) sums[m] = c == 0 ? weight : sums[m] + weight;
       }
-      const float4 minus = reinterpret_cast<const float4*>(shared.references)[four];
-      const float lses[4] = {minus.x, minus.y, minus.z, minus.w};
-      float masses[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        masses[k] = 0.f;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float weight = exp2_fast(fmaf(score[k][c], kLog2e, lses[k]));
-          masses[k] += tail[c] ? weight : 0.f;
-        }
-      }
-      const float mass = sum_by_head(masses);
-      tail_sums[four] += mass;
-      if (j == 0) shared.masses[waiting + half][4 * four + of_four] = mass;
     }
-    if (lane % 16 == 0) shared.pages[waiting + half] = head_page(slice);
-    waiting += 2;
-    if (waiting == kMeanTilePages) add_means();
+    ring.masses[waiting][lane] = sum_by_head(sums, lane);
+    if (__all_sync(kAllLanes, (others & 0x02020202) == 0x02020202)) {  // the page may have no mean
+      const int at = mean_at + waiting, slot = at < kMeanSlots ? at : at - kMeanSlots;
+      for (uint32_t d = lane; d < kD; d += 32) ring.means[slot][d] = __half{};
+    }
+    ++waiting;
   }
 
   __device__ void add_means() {
-    __syncwarp();
-    __half2 means[2][Pairs::kPairs];
-    float masses[2];
+    constexpr int kTerms = 32 / kHeads;
+    const bool mine = j < static_cast<uint32_t>(waiting);  // else the first page's, and no mass
+    const int page = mine ? j : 0;
+    const float4* terms = reinterpret_cast<const float4*>(&ring.masses[page][g % kHeads * kTerms]);
+    float mass = 0.f;
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int slot = j + 4 * k;  // those that stay empty take the first one's page, a mass of 0
-      const uint32_t page = shared.pages[slot < waiting ? slot : 0];
-      masses[k] = slot < waiting ? shared.masses[slot][g] : 0.f;
-      const __half* mean = static_cast<const __half*>(params.v_mean) + uint64_t{page} * kD;
-      Pairs::load_means(mean, g, means[k]);
+    for (int i = 0; i < kTerms / 4; ++i) {
+      mass += (terms[i].x + terms[i].y) + (terms[i].z + terms[i].w);
     }
-    Pairs::multiply(means, masses, out);
+    mass = mine ? mass : 0.f;
+    tail_sum += mass;
+    int at = mean_at + page;
+    at = at < kMeanSlots ? at : at - kMeanSlots;
+    products.add_mean(ring.means[at], g < kHeads ? mass : 0.f);
+    mean_at += kMeanPages;
+    if (mean_at >= kMeanSlots) mean_at -= kMeanSlots;
     waiting = 0;
-    __syncwarp();
   }
 
-  // The first `count` tokens of a tile.
-  __device__ void add_tile(const Tile& tile, int count) {
-    float weight[4];
+  // Puts `count` listed tokens of the slice into the ring: their weights, and copies of their codes
+  // and scales. Four lanes a token, each for every fourth head and copy; groups of lanes too many
+  // do the last token again.
+  __device__ void push(const Slice<kHeads>& slice, const uint8_t* tokens, int count) {
+    const __half2* v_scale = static_cast<const __half2*>(params.v_scale);
+    const uint32_t first_row = slice.row, put = take + live;
+    live += count;
+#pragma unroll 1
+    for (int i = g; i < count + static_cast<int>(g); i += 16) {
+      uint32_t t[2], at[2];
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const float x = has_head && 4 * j + t < count ? tile.score[t] : kNegInf;
-      const float p = exp2_fast(fmaf(x, kLog2e, reference));
-      const float2 affine = __half22float2(tile.affine[t]);
-      sum += p;
-      offset += p * affine.y;
-      weight[t] = 16.f * affine.x * p;
+      for (int u = 0; u < 2; ++u) {
+        const int mine = min(i + 8 * u, count - 1);
+        t[u] = tokens[mine];
+        at[u] = min(put + mine, put + mine - kRingTokens);
+      }
+#pragma unroll
+      for (int u = 0; u < 2; ++u) ring.copy_codes(v_codes, first_row + t[u], at[u], j);
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        if (j == 0) copy_async<4>(&ring.affine[at[u]], v_scale + (first_row + t[u]));
+      }
+#pragma unroll
+      for (int m = 0; m < kFours; ++m) {
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          const float score = slice.scores[j + 4 * m][t[u]];
+          const float weight = exp2_fast(fmaf(score, kLog2e, index_reference[m]));
+          index_sum[m] += i + 8 * u < count ? weight : 0.f;
+          ring.weights[j + 4 * m][at[u]] = weight;
+        }
+      }
+    }
+  }
+
+  // Makes what is left in the ring whole tiles, by tokens without a weight.
+  __device__ void fill_tile() {
+    const uint32_t rest = -live & (kCodeTokens - 1);
+    const uint32_t at = take + live + lane;
+    live += rest;
+    if (lane >= rest) return;
+    ring.clear_token(min(at, at - kRingTokens));
+  }
+
+  // The ring's first 16 tokens.
+  __device__ void add_tile() {
+    const uint32_t at = take + 2 * j;
+    const float* weights = &ring.weights[g % kHeads][at];
+    const float2 w[2] = {*reinterpret_cast<const float2*>(weights),
+                         *reinterpret_cast<const float2*>(weights + 8)};
+    const uint2 affine[2] = {*reinterpret_cast<const uint2*>(&ring.affine[at]),
+                             *reinterpret_cast<const uint2*>(&ring.affine[at + 8])};
+    float scaled[4];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float2 x = __half22float2(reinterpret_cast<const __half2&>(affine[k].x));
+      const float2 y = __half22float2(reinterpret_cast<const __half2&>(affine[k].y));
+      low_ends = fmaf(w[k].x, x.y, fmaf(w[k].y, y.y, low_ends));
+      scaled[2 * k] = x.x * w[k].x;
+      scaled[2 * k + 1] = y.x * w[k].y;
     }
     uint32_t high[2], low[2];
-    offset -= split_weights(weight, high, low);
-    Pairs::multiply(tile.codes, high, low, out);
+    split_weights(scaled, high, low);
+    if constexpr (Products::kLowColumns) {
+      high[0] = g < kHeads ? high[0] : low[0];
+      high[1] = g < kHeads ? high[1] : low[1];
+      ones += sum_pairs(high);
+    } else {
+      ones += sum_pairs(high) + sum_pairs(low);
+    }
+    products.add_codes(ring, take, tile_at, high, low);
+    take = take + kCodeTokens == kRingTokens ? 0 : take + kCodeTokens;
+  }
+
+  // Sum of head g, and what is to be added to all channels of column g.
+  __device__ float2 column_sums() {
+#pragma unroll
+    for (int mask = 1; mask < 4; mask <<= 1) {
+      tail_sum += __shfl_xor_sync(kAllLanes, tail_sum, mask);
+      low_ends += __shfl_xor_sync(kAllLanes, low_ends, mask);
+      ones += __shfl_xor_sync(kAllLanes, ones, mask);
+    }
+    float sum = tail_sum;
+#pragma unroll
+    for (int m = 0; m < kFours; ++m) {
+#pragma unroll
+      for (int mask = 4; mask < 32; mask <<= 1) {
+        index_sum[m] += __shfl_xor_sync(kAllLanes, index_sum[m], mask);
+      }
+      const float index = __shfl_sync(kAllLanes, index_sum[m], g % 4);
+      if (g / 4 % kFours == m) sum += index;
+    }
+    return make_float2(sum, (g < kHeads ? low_ends : 0.f) - kCodeSteps * ones);
   }
 
   __device__ void write_partial(const Segment& segment, int64_t slot) {
-    __shared__ float sums[kSplitWarps][kHeadTile], references[kHeadTile];
-    constexpr int kQuads = kD / 4;
-    const int warp = threadIdx.x / 32, heads = segment.num_heads;
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    offset += __shfl_xor_sync(0xffffffffu, offset, 1);
-    offset += __shfl_xor_sync(0xffffffffu, offset, 2);
+    __shared__ float2 sums[kSplitWarps][8];
+    __shared__ float references[kHeads];
+    constexpr int kQuads = kD / 4, kColumns = 8 / kHeads;  // of a head
+    const int warp = threadIdx.x / 32;
+    const float2 of_column = column_sums();
+    if (j == 0) sums[warp][g] = of_column;
 #pragma unroll
-    for (int four = 0; four < 2; ++four) {
-      tail_sums[four] += __shfl_xor_sync(0xffffffffu, tail_sums[four], 16);
-      const float tail = __shfl_sync(0xffffffffu, tail_sums[four], g % 4 * 4);
-      if (g / 4 == four) sum += tail;
+    for (int m = 0; m < kFours; ++m) {
+      if (threadIdx.x < 4) references[j + 4 * m] = -index_reference[m];
     }
-    if (j == 0) sums[warp][g] = sum;
-    if (j == 0 && warp == 0) references[g] = -reference;
-    float* mine = parts + warp * heads * (kD + 4);
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const float same = __shfl_sync(0xffffffffu, offset, 8 * j + 4 * k);
-      if (2 * j + k >= heads) continue;
-#pragma unroll
-      for (int i = 0; i < Pairs::kPairs; ++i) {
-        float* to = mine + (2 * j + k) * (kD + 4) + 2 * Pairs::at(i, g);
-        *reinterpret_cast<float2*>(to) = make_float2(out[i][k] + same, out[i][2 + k] + same);
-      }
-    }
+    __syncwarp();
+    products.write(reinterpret_cast<float*>(&ring));
     __syncthreads();
-    for (int i = threadIdx.x; i < heads * kQuads; i += kSplitThreads) {
+    const Ring* rings = &ring - warp;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < segment.num_heads * kQuads; i += kSplitThreads) {
       const int head = i / kQuads, quad = i % kQuads;
-      float total = 0.f;
       float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+      float total = 0.f, same = 0.f;
 #pragma unroll
       for (int w = 0; w < kSplitWarps; ++w) {
-        const float4 y =
-            *reinterpret_cast<const float4*>(parts + (w * heads + head) * (kD + 4) + quad * 4);
-        x = {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w};
-        total += sums[w][head];
+        const float* parts = reinterpret_cast<const float*>(rings + w) + quad * 4;
+        total += sums[w][head].x;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          const int column = head + c * kHeads;
+          const float4 y = *reinterpret_cast<const float4*>(parts + column * (kD + 4));
+          x = {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w};
+          same += sums[w][column].y;
+        }
       }
+      x = {fmaf(kCodeSteps, x.x, same), fmaf(kCodeSteps, x.y, same), fmaf(kCodeSteps, x.z, same),
+           fmaf(kCodeSteps, x.w, same)};
       reinterpret_cast<float4*>(slot_out(params.work, slot, kD))[i] = x;
       if (quad == 0) {
         slot_state(params.work, slot, kD)[head] =
@@ -372,26 +364,35 @@ struct LowerWorker {
   }
 };
 
-// 128 registers up to D 128 (at 128 some 20 of them spill): two blocks leave a multiprocessor half
-// of its registers, as many as a block of the fetch takes.
-template <int kD>
-__global__ void __launch_bounds__(kSplitThreads, kD > 128 ? 2 : 4)
+// Up to 96 registers for the usual shape: three blocks leave a multiprocessor 44 % of them.
+template <int kD, int kHeads>
+__global__ void __launch_bounds__(kSplitThreads, kD* kHeads > 1024   ? 3
+                                                 : kD * kHeads > 512 ? 4
+                                                                     : 5)
     attend_lower_kernel(AttendLowerParams params) {
   extern __shared__ __align__(16) char shared[];
-  __shared__ __align__(16) WarpShared warps[kSplitWarps];
   let_next_start();
-  LowerWorker<kD> worker(params, reinterpret_cast<float*>(shared), warps[threadIdx.x / 32]);
+  // Kept in registers, where the compiler would find them anew at each use.
+  uint32_t ring = shared_address(shared) + threadIdx.x / 32 * sizeof(WarpRing<kD, kHeads>);
+  uint32_t lane = threadIdx.x % 32;
+  keep(ring), keep(lane);
+  LowerWorker<kD, kHeads> worker(
+      params, *static_cast<WarpRing<kD, kHeads>*>(__cvta_shared_to_generic(ring)), lane);
   wait_for_inputs();
   split_attend(worker, params.work);
+}
+
+template <int kD, int kHeads>
+cudaError_t launch(const AttendLowerParams& params, cudaStream_t stream) {
+  const int shared_bytes = kSplitWarps * sizeof(WarpRing<kD, kHeads>);
+  return launch_split(attend_lower_kernel<kD, kHeads>, params, params.work, shared_bytes, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_attend_lower(const AttendLowerParams& params, cudaStream_t stream) {
-  const int heads = params.work.group < kHeadTile ? params.work.group : kHeadTile;
   return TWILIGHT_DISPATCH_HEAD_DIM(params.head_dim, {
-    const int shared_bytes = kSplitWarps * heads * (kD + 4) * 4;
-    return launch_split(attend_lower_kernel<kD>, params, params.work, shared_bytes, stream);
+    return params.work.group > 4 ? launch<kD, 8>(params, stream) : launch<kD, 4>(params, stream);
   });
 }
 

@@ -93,6 +93,16 @@ def test_a_long_context_and_clustered_index_tokens(device: torch.device) -> None
     check(scores, grades, make_index(case, device), meta)
 
 
+def test_pages_of_several_slices(device: torch.device) -> None:
+    for case in (
+        Case(seq_lens=(900, 333), head_dim=96, page_size=130, group=5),
+        Case(seq_lens=(1500,), head_dim=128, page_size=200),
+    ):
+        meta = make_meta(case, device)
+        scores, grades = make_scores(case, meta), make_grades(case, meta, MIXES["mixed"])
+        check(scores, grades, make_index(case, device), meta)
+
+
 def test_aligned_scores(device: torch.device) -> None:
     case = Case(seq_lens=(1000,), head_dim=128, page_size=64)
     meta = make_meta(case, device)
@@ -135,6 +145,28 @@ def test_one_page_gives_its_mean(device: torch.device) -> None:
     out, _ = check(torch.randn(1, 4, meta.max_len).to(device), grades, index, meta)
     mean = index.v_mean[meta.page_table[0, 1].long()].float()  # [Hkv, D]
     compare(out[0], mean.repeat_interleave(2, 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mix", ["mixed", "index"])
+def test_many_slices_a_warp(mix: str) -> None:
+    device = torch.device("cuda")
+    case = Case(seq_lens=(26000,), head_dim=64, page_size=4, num_kv_heads=8)
+    meta = make_meta(case, device)
+    scores, grades = make_scores(case, meta), make_grades(case, meta, MIXES[mix])
+    check(scores, grades, make_index(case, device), meta)
+
+
+@pytest.mark.gpu
+def test_a_page_without_tail_tokens_needs_no_mean() -> None:
+    device = torch.device("cuda")
+    case = Case(seq_lens=(700,), head_dim=128, page_size=64)
+    meta = make_meta(case, device)
+    scores, grades = make_scores(case, meta), make_grades(case, meta, MIXES["mixed"])
+    index = make_index(case, device)
+    grades[:, 0, 128:256][grades[:, 0, 128:256] == GRADE_TAIL] = GRADE_INDEX
+    index.v_mean[meta.page_table[0, 2:4].long(), 0] = torch.nan
+    check(scores, grades, index, meta)
 
 
 @pytest.mark.gpu
