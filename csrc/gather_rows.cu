@@ -42,8 +42,8 @@ __device__ unsigned sum_segments(const GatherRowsParams& p, unsigned* ends, Bloc
     const unsigned before = block_exclusive_sum(count, scan, &total);
     if (segment < p.num_segments) ends[segment] = sum + before + count;
     sum += total;
+    __syncthreads();
   }
-  __syncthreads();
   return sum;
 }
 
