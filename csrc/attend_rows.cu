@@ -14,42 +14,58 @@
 namespace twilight {
 namespace {
 
+// What the step's metadata says of a query row. It is read before wait_for_inputs: plain kernels
+// and copies alone write it, and whatever may still run was launched after their end.
+struct Resident {
+  int seq, first_row;  // of the sequence's first head in the pool
+  int first_sink, num_sinks;
+  int first_recent, num_recent;  // place in the ring of window rows
+};
+
+__device__ Resident read_resident(const AttendRowsParams& params, int n) {
+  const StepView& step = params.step;
+  const int seq = step.query_seq[n], end = step.positions[n] + 1, start = step.ctx_starts[n];
+  const int recent = max(max(step.window_starts[seq], start), step.num_sink);
+  const int head_rows = step.num_sink + params.window_rows;
+  return {seq,
+          step.seq_slots[seq] * params.work.num_kv_heads * head_rows,
+          start,
+          max(0, min(end, step.num_sink) - start),
+          recent % params.window_rows,
+          max(0, end - recent)};
+}
+
+constexpr int kKnown = kSplitThreads;  // query rows whose Resident is in shared memory
+
 template <typename T, int kD>
 struct ListSource {
   const AttendRowsParams& params;
+  const Resident* known;        // of the first kKnown query rows
   const char* host = nullptr;   // the head's pages
   const int* pages = nullptr;   // the sequence's
   const int* tokens = nullptr;  // the segment's list
   const int* locations = nullptr;
-  int first_row = 0;  // of the sequence slot and head's window rows
-  int first_sink = 0, num_sinks = 0;
-  int first_recent = 0, num_recent = 0;
+  Resident rows{};  // first_row: the head's
 
-  __device__ void resident(int n, int& sink, int& sinks, int& recent, int& recents) const {
-    const StepView& step = params.step;
-    const int end = step.positions[n] + 1, start = step.ctx_starts[n];
-    sink = start;
-    sinks = max(0, min(end, step.num_sink) - start);
-    recent = max(max(step.window_starts[step.query_seq[n]], start), step.num_sink);
-    recents = max(0, end - recent);
+  __device__ Resident resident(int n) const {
+    return n < kKnown ? known[n] : read_resident(params, n);
   }
 
   __device__ int num_items(int n, int h) const {
-    int sink, sinks, recent, recents;
-    resident(n, sink, sinks, recent, recents);
-    return sinks + recents + params.counts[int64_t{n} * params.work.num_kv_heads + h];
+    const int listed = params.counts[int64_t{n} * params.work.num_kv_heads + h];
+    const Resident rows = resident(n);
+    return rows.num_sinks + rows.num_recent + listed;
   }
 
   __device__ void open(const Segment& segment) {
-    const int hkv = params.work.num_kv_heads, b = params.step.query_seq[segment.n];
-    const int64_t list = (int64_t{segment.n} * hkv + segment.h) * params.capacity;
-    resident(segment.n, first_sink, num_sinks, first_recent, num_recent);
+    const int64_t list =
+        (int64_t{segment.n} * params.work.num_kv_heads + segment.h) * params.capacity;
+    rows = resident(segment.n);
+    rows.first_row += segment.h * (params.step.num_sink + params.window_rows);
     host = static_cast<const char*>(params.host_kv) + segment.h * params.host_head_bytes;
-    pages = params.step.page_table + int64_t{b} * params.step.page_table_stride;
+    pages = params.step.page_table + int64_t{rows.seq} * params.step.page_table_stride;
     tokens = params.tokens + list;
     locations = params.locations + list;
-    first_row =
-        (params.step.seq_slots[b] * hkv + segment.h) * (params.step.num_sink + params.window_rows);
   }
 
   struct Peeked {
@@ -58,12 +74,14 @@ struct ListSource {
   };
 
   __device__ Peeked peek(int item) const {
-    if (item < num_sinks) return {first_row + first_sink + item, 0};
-    item -= num_sinks;
-    if (item < num_recent) {
-      return {first_row + params.step.num_sink + (first_recent + item) % params.window_rows, 0};
+    if (item < rows.num_sinks) return {rows.first_row + rows.first_sink + item, 0};
+    item -= rows.num_sinks;
+    if (item < rows.num_recent) {
+      const int at = rows.first_recent + item;  // a window has no more rows than the ring
+      const int place = at < params.window_rows ? at : at - params.window_rows;
+      return {rows.first_row + params.step.num_sink + place, 0};
     }
-    item -= num_recent;
+    item -= rows.num_recent;
     return {locations[item], tokens[item]};
   }
 
@@ -84,8 +102,13 @@ struct ListSource {
 template <typename T, int kD>
 __global__ void __launch_bounds__(kSplitThreads) attend_rows_kernel(AttendRowsParams params) {
   extern __shared__ __align__(16) char shared[];
+  __shared__ Resident known[kKnown];
   let_next_start();
-  ListSource<T, kD> source{params};
+  for (int n = threadIdx.x; n < min(params.work.num_queries, kKnown); n += kSplitThreads) {
+    known[n] = read_resident(params, n);
+  }
+  __syncthreads();
+  ListSource<T, kD> source{params, known};
   RowStream<T, kD, ListSource<T, kD>> worker(source, params.work, params.q, params.softmax_scale,
                                              shared);
   wait_for_inputs();

@@ -83,33 +83,31 @@ struct RowStream {
     return __ballot_sync(0xffffffffu, row != nullptr) & 0xffffu;
   }
 
+  // Tile i is copied at turn i and computed kStages - 1 turns later: one copy of either's code.
   __device__ void attend(const Segment& segment, int first, int last) {
     source.open(segment);
+    first += threadIdx.x / 32 * kTileRows;
+    auto peeked = peek(first, last);  // before the queries, for which nothing waits
     const int64_t num_q_heads = int64_t{work.num_kv_heads} * work.group;
     tile.start(q + (segment.n * num_q_heads + segment.first_head) * kD, segment.num_heads);
-    first += threadIdx.x / 32 * kTileRows;
     const int tiles = first < last ? (last - first + kUnitItems - 1) / kUnitItems : 0;
+    const int turns = tiles > 0 ? tiles + kStages - 1 : 0;
     uint64_t valid = 0;  // 16 bits a tile in flight, the oldest lowest
-    auto peeked = peek(first, last);
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) {
-      if (s < tiles) valid |= uint64_t{copy_tile(s, peeked)} << (16 * s);
-      commit_copies();
-      peeked = peek(first + (s + 1) * kUnitItems, last);
-    }
-    int fill = kStages - 1, use = 0;
-    for (int t = 0; t < tiles; ++t) {
-      if (t + kStages - 1 < tiles) {
-        valid |= uint64_t{copy_tile(fill, peeked)} << (16 * (kStages - 1));
+    int fill = 0, use = 0;
+#pragma unroll 1
+    for (int turn = 0; turn < turns; ++turn) {
+      if (turn < tiles) {
+        valid |= uint64_t{copy_tile(fill, peeked)} << (16 * min(turn, kStages - 1));
+        fill = fill + 1 == kStages ? 0 : fill + 1;
       }
       commit_copies();
-      peeked = peek(first + (t + kStages) * kUnitItems, last);
+      peeked = peek(first + (turn + 1) * kUnitItems, last);
+      if (turn < kStages - 1) continue;
       wait_copies<kStages - 1>();
       __syncwarp();
       tile.add(ring + use * Bytes::kTile, static_cast<uint32_t>(valid) & 0xffffu, scale);
       __syncwarp();
       valid >>= 16;
-      fill = fill + 1 == kStages ? 0 : fill + 1;
       use = use + 1 == kStages ? 0 : use + 1;
     }
     wait_copies<0>();

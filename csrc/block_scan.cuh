@@ -11,32 +11,22 @@ struct BlockScan {
 };
 
 // The sum of `value` over all threads below this one; total: over the whole block. All threads of a
-// block of whole warps must call it; scratch may be used again at once.
+// block of whole warps must call it. One barrier: scratch may be used again after the block's next.
 __device__ __forceinline__ unsigned block_exclusive_sum(unsigned value, BlockScan& scratch,
                                                         unsigned* total) {
+  constexpr unsigned kAll = 0xffffffffu;
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   unsigned end = value;
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
-    const unsigned below = __shfl_up_sync(0xffffffffu, end, offset);
+    const unsigned below = __shfl_up_sync(kAll, end, offset);
     if (lane >= offset) end += below;
   }
   if (lane == 31) scratch.warp_ends[warp] = end;
   __syncthreads();
-  if (warp == 0) {
-    unsigned warp_end = lane < num_warps ? scratch.warp_ends[lane] : 0;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const unsigned below = __shfl_up_sync(0xffffffffu, warp_end, offset);
-      if (lane >= offset) warp_end += below;
-    }
-    scratch.warp_ends[lane] = warp_end;
-  }
-  __syncthreads();
-  const unsigned before = warp == 0 ? 0 : scratch.warp_ends[warp - 1];
-  *total = scratch.warp_ends[num_warps - 1];
-  __syncthreads();
-  return before + end - value;
+  const unsigned warp_end = lane < num_warps ? scratch.warp_ends[lane] : 0;
+  *total = __reduce_add_sync(kAll, warp_end);
+  return __reduce_add_sync(kAll, lane < warp ? warp_end : 0) + end - value;
 }
 
 }  // namespace twilight

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kLoads = 8;
+static_assert(kMaxStates == 3, "a partial is of the first, the second or the third");
 
 // What a thread knows of one query head: four channels of out, relative to its own maximum.
 struct Joined {
@@ -43,6 +44,10 @@ struct Joined {
   }
 };
 
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 template <typename T, int kD>
 __global__ void __launch_bounds__(kThreads) merge_states_kernel(MergeStatesParams params) {
   constexpr int kQuads = kD / 4, kAtOnce = kThreads / kQuads;
@@ -56,15 +61,26 @@ __global__ void __launch_bounds__(kThreads) merge_states_kernel(MergeStatesParam
   const int segment =
       (n * sizes.num_kv_heads + q_head / sizes.group) * head_tiles(sizes) + in_group / kHeadTile;
   const int place = threadIdx.x / kQuads, quad = threadIdx.x % kQuads;
-  wait_for_inputs();
-
-  int first[kMaxStates], ends[kMaxStates];  // slots; partials up to the end of a state's
+  const int2* slots[kMaxStates];
+  const float2* state_from[kMaxStates];  // slot 0's, of this head
+  const float4* out_from[kMaxStates];
 #pragma unroll
   for (int s = 0; s < kMaxStates; ++s) {
-    const int2 slots =
-        s < params.num_states ? segment_slots(params.works[s], kD)[segment] : make_int2(0, 0);
-    first[s] = slots.x;
-    ends[s] = slots.y + (s > 0 ? ends[s - 1] : 0);
+    const SplitWork& work = params.works[s];
+    slots[s] = segment_slots(work, kD) + segment;
+    state_from[s] = slot_state(work, 0, kD) + head;
+    out_from[s] = reinterpret_cast<const float4*>(slot_out(work, 0, kD) + head * kD) + quad;
+    if (s < params.num_states) prefetch(slots[s]);  // its address is there when the wait ends
+  }
+  wait_for_inputs();
+
+  int shift[kMaxStates], ends[kMaxStates];  // slot of partial 0; partials up to a state's end
+#pragma unroll
+  for (int s = 0; s < kMaxStates; ++s) {
+    const int2 mine = s < params.num_states ? *slots[s] : make_int2(0, 0);
+    const int before = s > 0 ? ends[s - 1] : 0;
+    shift[s] = mine.x - before;
+    ends[s] = before + mine.y;
   }
   const int count = ends[kMaxStates - 1];
   Joined joined;
@@ -76,16 +92,13 @@ __global__ void __launch_bounds__(kThreads) merge_states_kernel(MergeStatesParam
       const int at = begin + i * kAtOnce;
       state[i] = make_float2(kNegInf, 0.f);
       out[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-      for (int s = 0; s < kMaxStates; ++s) {
-        const int before = s > 0 ? ends[s - 1] : 0;
-        if (at >= before && at < ends[s]) {
-          const int64_t slot = int64_t{first[s]} + at - before;
-          state[i] = slot_state(params.works[s], slot, kD)[head];
-          out[i] = reinterpret_cast<const float4*>(slot_out(params.works[s], slot, kD) +
-                                                   head * kD)[quad];
-        }
-      }
+      if (at >= count) continue;
+      const bool in_first = at < ends[0], in_second = at < ends[1];
+      const int slot = at + (in_first ? shift[0] : in_second ? shift[1] : shift[2]);
+      const float2* state_at = in_first ? state_from[0] : in_second ? state_from[1] : state_from[2];
+      const float4* out_at = in_first ? out_from[0] : in_second ? out_from[1] : out_from[2];
+      state[i] = state_at[slot * kHeadTile];
+      out[i] = out_at[slot * kHeadTile * kQuads];
     }
     joined.add(state, out);
   }

@@ -1,25 +1,26 @@
 // resolve_rows: the place of each exact row in the hot slots; victims and fetches for the misses.
 //
-// A cluster of blocks (ranks) owns one (sequence, KV head). Each rank takes a part of the list and
-// looks its entries up: token -> page table (staged in shared memory) -> map; hits stamp their
-// slot. Meanwhile the ranks list the chunks that the head owns, each those of its part of the pool,
-// and divide them evenly, so that slots rise with the rank. With everybody's counts of misses a
-// rank writes its own into the fetch list, in list order, and counts the ages of its slots in a
-// histogram, which it sends to all; their sum gives the age at which enough slots are free or old,
-// and those of the ranks before tell which misses a rank's victims serve. The list place of a miss
-// waits in fetch_dst until its slot is known. Three barriers of the cluster; the path is six loads
-// that wait for each other, since each thread has one entry and one or two slots at the usual
-// sizes. Bytes: 12 an entry, 8 a slot owned.
+// A block owns one (sequence, KV head): the work is latency, and blocks of a cluster would spend
+// more on their barriers than they save. It lists the chunks that the head owns, finds the order in
+// which their slots may go and counts the slots of each order. Then it looks the list up: token ->
+// page table (staged in shared memory) -> map; hits stamp their slot and leave the counts. The
+// counts and the number of misses give the order at which enough slots are free or old; the chosen
+// slots lie in shared memory, and each miss takes its own. Bytes: 12 an entry, 8 a slot owned.
+//
+// What may be read before wait_for_inputs, while prune still runs: the step's metadata, the page
+// table, the owners of chunks and the step counter, which plain kernels and copies alone write
+// (torch's, hot_quotas): whatever may still run was launched after their end. Of the slots' keys
+// and stamps the same holds, but that resolve_rows writes them, too: **between two calls for the
+// same hot rows a plain kernel must run**, as the one that counts the step does. Where several
+// sequences are resolved, stamp_hits_kernel writes stamps; those are read after the wait.
 //
 // Whatever any sequence wants must be known to be in use before a victim is chosen. One sequence
-// needs only its cluster for that; several may share pages, so stamp_hits_kernel first stamps the
+// needs only its block for that; several may share pages, so stamp_hits_kernel first stamps the
 // hits of all of them. Sequences that share pages share rows: an installation is then a
 // compare-and-swap on the map, whoever comes second leaves its slot free and uses the other's row.
 // Keys that leave the map were listed by nobody in this step, so no block looks at them.
-#include "csrc/block_scan.cuh"
 #include "csrc/common.cuh"
 #include "csrc/dependent_launch.cuh"
-#include "csrc/ranks.cuh"
 #include "csrc/resolve_lists.cuh"
 #include "csrc/resolve_rows.h"
 #include "csrc/resolve_slots.cuh"
@@ -29,65 +30,70 @@ namespace {
 
 constexpr int kStampThreads = 256;
 constexpr int kMaxStampBlocks = 16;  // a list; those of 8 sequences of 8 heads run at once
-constexpr int kSms = 128;  // of the device, or a little fewer: all blocks are to run at once
-// One sequence is latency: registers for many loads on their way at once. More are throughput.
-constexpr int blocks_an_sm(bool shared) { return shared ? 2 : 1; }
+constexpr int kBlocksPerSm = 2;      // room beside prune's blocks, for an early start
 constexpr int kNobody = -2;  // beside kNoRow: owns no chunk, not even those that nobody owns
 constexpr int kOptInBytes = 48 << 10;  // above so much shared memory a kernel needs the opt-in
 
 __global__ void __launch_bounds__(kStampThreads) stamp_hits_kernel(ResolveRowsParams p) {
   let_next_start();
-  wait_for_inputs();
   const int n = blockIdx.x / p.num_kv_heads, h = blockIdx.x % p.num_kv_heads;
-  const int count = min(p.counts[blockIdx.x], p.capacity);
-  const int first = blockIdx.y * kStampThreads + threadIdx.x;
-  if (first >= count) return;
-  const int64_t list = static_cast<int64_t>(blockIdx.x) * p.capacity;
   const int* table = p.page_table + p.query_seq[n] * p.table_stride;
-  const int step = *p.step;
+  const int step = *p.step, shift = shift_of(p.page_size);
+  const int first = blockIdx.y * kStampThreads + threadIdx.x;
+  const int64_t list = static_cast<int64_t>(blockIdx.x) * p.capacity;
+  wait_for_inputs();
+  int token = first < p.capacity ? p.tokens[list + first] : 0;
+  const int count = min(p.counts[blockIdx.x], p.capacity);
   for (int i = first; i < count; i += gridDim.y * kStampThreads) {
-    const int key = key_of(table, p.page_size, p.tokens[list + i]);
+    if (i > first) token = p.tokens[list + i];
+    const int key = key_of(table, p.page_size, shift, token);
     const int row = p.slot_map[h * p.keys_per_head + key];
     if (row >= 0) p.slot_stamp[row - p.first_row] = step;
   }
 }
 
-// What the lists of a segment add up to; the same in all threads of all ranks, but for `found`.
+// What the lists of a segment add up to; the same in all threads, but for `found`.
 struct Totals {
   int listed, longest, missing, placed;
   unsigned found;  // of this thread's placed misses, those whose row another sequence brought
 };
 
-// Resolves one query row's list, whose first tile has been looked up. After the last barrier of the
-// last list nobody looks at another rank's memory.
-template <bool kShared>
-__device__ void resolve_list(const ResolveRowsParams& p, Segment& s, const List& list,
-                             Entries& looked_up, bool is_last, const Ranks& ranks, Shared& shared,
-                             Totals& totals) {
-  shared.histogram[threadIdx.x] = {};
-  const int misses = mark<!kShared>(p, s, list, looked_up);
-  unsigned here;
-  const unsigned before = block_exclusive_sum(misses, shared.scan, &here);
-  if (threadIdx.x < ranks.count()) *ranks.of(&shared.missing[ranks.rank()], threadIdx.x) = here;
-  ranks.sync();  // all stamps are there, and the counts of misses
-  int missing = 0, missing_before = 0;
+// Looks a list up, writes its locations and, if this kernel is to, stamps its hits; `found` becomes
+// its last tile. Returns this thread's misses.
+template <bool kStamps>
+__device__ int mark(const ResolveRowsParams& p, const Segment& s, List& list, Entries& found,
+                    Shared& shared) {
+  int misses = 0;
+  for (int tile = 0; tile < list.tiles; ++tile) {
+    found = look_up(p, s, list, tile, list.token);
+    if (tile + 1 < list.tiles) read_tokens(p, list.start, tile + 1, list.token);
+    const int i = List::entry(tile);
 #pragma unroll
-  for (int r = 0; r < kMaxRanks; ++r) {
-    const int there = r < ranks.count() ? shared.missing[r] : 0;
-    missing += there;
-    missing_before += r < ranks.rank() ? there : 0;
+    for (int j = 0; j < kEach; ++j) {
+      if (found.row[j] != kNoEntry) p.locations[list.start + i + j] = found.row[j];
+    }
+    if (kStamps) stamp_hits(p, s, found, shared);
+    misses += found.misses();
   }
-  const int wanted = min(missing, p.fetch_capacity - s.fetched);
-  int placed = 0, below = 0;
-  if (wanted > 0 && s.num_owned > 0) {
-    list_misses(p, s, list, looked_up, before, s.fetched + missing_before, s.fetched + wanted,
-                shared.scan);
-    count_orders(p, s, ranks, shared);
-    ranks.sync();  // the histograms and the fetch list are complete
-    placed = find_threshold(wanted, ranks, shared, &below);
+  return misses;
+}
+
+// Resolves one query row's list.
+template <bool kShared>
+__device__ void resolve_list(const ResolveRowsParams& p, Segment& s, List& list, bool is_last,
+                             Shared& shared, Totals& totals) {
+  Entries found;
+  unsigned missing;
+  const int misses = mark<!kShared>(p, s, list, found, shared);
+  const unsigned before = block_exclusive_sum(misses, shared.scans[0], &missing);
+  const int wanted = min(static_cast<int>(missing), p.fetch_capacity - s.fetched);
+  int placed = 0;
+  if (wanted > 0 && s.num_owned > 0) placed = find_threshold(wanted, shared);
+  if (placed > 0) {
+    choose_victims(p, s, placed, !is_last, shared);
+    totals.found += place_misses<kShared>(p, s, list, found, before, placed, shared);
   }
-  if (placed > 0) totals.found += place_misses<kShared>(p, s, list, placed, below, shared);
-  if (!is_last) ranks.sync();  // the next row looks up what this one installs
+  if (!is_last) __syncthreads();  // the next row looks up what this one installs
   s.fetched += placed;
   totals.listed += list.count;
   totals.longest = max(totals.longest, list.count);
@@ -115,94 +121,84 @@ __device__ void finish(const ResolveRowsParams& p, const Segment& s, float* mean
   count_rows(p, kCounterDirectRows, totals.missing - totals.placed);
 }
 
+// What is known of a segment before its lists are: owned, in shared memory, becomes its chunks.
+__device__ Segment open_segment(const ResolveRowsParams& p, int seq_slot, int* table,
+                                Shared& shared) {
+  const int b = blockIdx.x / p.num_kv_heads, h = blockIdx.x % p.num_kv_heads;
+  const int64_t fetch_list = static_cast<int64_t>(blockIdx.x) * p.fetch_capacity;
+  Segment s{b, h, 0, shift_of(p.page_size), nullptr, nullptr};
+  s.src = p.fetch_src + fetch_list;
+  s.dst = p.fetch_dst + fetch_list;
+  if (p.slot_map == nullptr) return s;
+  s.step = *p.step;
+  s.map = p.slot_map + h * p.keys_per_head;
+  s.table = stage_table(p, b, table);
+  __pipeline_commit();
+  auto* const owned = reinterpret_cast<uint16_t*>(table + staged_pages(p));
+  s.owned = owned;
+  shared.histogram[threadIdx.x] = {};
+  const int owner = seq_slot < 0 ? kNobody : seq_slot * p.num_kv_heads + h;
+  s.num_owned = list_owned_chunks(p, owner, owned, shared.scans[0]);
+  s.search_size = s.num_owned > 0 ? 1 << (31 - __clz(s.num_owned)) : 0;
+  return s;
+}
+
 // kShared: sequences may share pages, and the hits of all have been stamped.
 template <bool kShared>
-__global__ void __launch_bounds__(kThreads, blocks_an_sm(kShared))
-    resolve_rows_kernel(ResolveRowsParams p) {
-  extern __shared__ int dynamic[];  // b's page table, if it fits; owned chunks; share of them
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) resolve_rows_kernel(ResolveRowsParams p) {
+  extern __shared__ int dynamic[];  // b's page table, if it fits; owned chunks
   __shared__ Shared shared;
-  const Ranks ranks;
-  const int segment = blockIdx.x / ranks.count();
-  const int b = segment / p.num_kv_heads, h = segment % p.num_kv_heads;
-  const int part = (p.num_chunks + ranks.count() - 1) / ranks.count();
-  auto* const owned = reinterpret_cast<uint16_t*>(dynamic + staged_pages(p));
   let_next_start();
-  wait_for_inputs();
-
-  const Early early = read_early(p, b, h, ranks.rank());
-  const int64_t fetch_list = static_cast<int64_t>(segment) * p.fetch_capacity;
-  Segment s{b, h, 0, nullptr, nullptr, p.fetch_src + fetch_list, p.fetch_dst + fetch_list};
-  if (threadIdx.x < 4) {  // by a copy, like the table's: a load would be put off until after it
-    const int* from = p.cu_seqlens_q + b + threadIdx.x - 1;
-    if (threadIdx.x == 0) from = p.seq_slots + b;
-    if (threadIdx.x == 3) from = p.step;
-    if (from != nullptr) __pipeline_memcpy_async(&shared.about[threadIdx.x], from, sizeof(int));
+  const int b = blockIdx.x / p.num_kv_heads;
+  const int seq_slot = p.seq_slots[b], first = p.cu_seqlens_q[b], end = p.cu_seqlens_q[b + 1];
+  Segment s = open_segment(p, seq_slot, dynamic, shared);
+  if (kShared) {
+    prefetch_slots(p, s);
+  } else {
+    count_orders(p, s, shared);
   }
-  if (p.slot_map != nullptr) {
-    s.map = p.slot_map + h * p.keys_per_head;
-    s.table = stage_table(p, b, dynamic);
-    prefetch_owners(p, ranks.rank() * part, part);
-  }
-  __pipeline_commit();
   __pipeline_wait_prior(0);
   __syncthreads();
-  const int seq_slot = shared.about[0], first = shared.about[1], end = shared.about[2];
-  s.step = shared.about[3];
+  wait_for_inputs();
 
-  List list = first < end ? open_list(p, s, first, early, ranks) : List{};
-  const bool is_early = first == b && list.each == 1 && list.tiles == 1;
-  Entries looked_up = look_up(p, s, list, 0, is_early ? &early.token : nullptr);
-  if (s.map != nullptr) {
-    const int owner = seq_slot < 0 ? kNobody : seq_slot * p.num_kv_heads + h;
-    list_owned_chunks(p, owner, ranks, owned, shared);
-  }
-  ranks.sync();  // all ranks run, and have listed their chunks
-  if (s.map != nullptr) take_share(p, ranks, owned, owned + part, shared, s);
-  for (int n = first + 1; !kShared && n < end; ++n) {  // hits of later rows are in use, too
-    const List later = open_list(p, s, n, early, ranks);
-    Entries found = look_up(p, s, later, 0, nullptr);
-    mark<true>(p, s, later, found);
-  }
+  List list = first < end ? open_list(p, s, first) : List{};
   float* mean = nullptr;
   if (p.set_mean != nullptr && seq_slot >= 0 && first < end) {
-    mean = p.set_mean + static_cast<int64_t>(seq_slot) * p.num_kv_heads + h;
+    mean = p.set_mean + static_cast<int64_t>(seq_slot) * p.num_kv_heads + s.h;
   }
   const float old_mean = mean == nullptr ? 0.f : *mean;  // long before it is needed
+  if (kShared) {
+    count_orders(p, s, shared);
+    __syncthreads();
+  }
+  for (int n = first + 1; !kShared && n < end; ++n) {  // hits of later rows are in use, too
+    List later = open_list(p, s, n);
+    Entries found;
+    mark<true>(p, s, later, found, shared);
+    __syncthreads();
+  }
   Totals totals{};
   for (int n = first; n < end; ++n) {
-    if (n > first) {
-      list = open_list(p, s, n, early, ranks);
-      looked_up = look_up(p, s, list, 0, nullptr);
-    }
-    resolve_list<kShared>(p, s, list, looked_up, n + 1 == end, ranks, shared, totals);
+    if (n > first) list = open_list(p, s, n);
+    resolve_list<kShared>(p, s, list, n + 1 == end, shared, totals);
   }
-  if (first == end) ranks.sync();  // the ranks read each other's lists of chunks
-  if (ranks.rank() == 0 && threadIdx.x == 0) finish(p, s, mean, old_mean, totals);
+  if (threadIdx.x == 0) finish(p, s, mean, old_mean, totals);
   if (kShared && p.counters != nullptr) {
-    unsigned found;
-    block_exclusive_sum(totals.found, shared.scan, &found);
-    if (threadIdx.x == 0) {
-      count_rows(p, kCounterHitRows, found);
-      count_rows(p, kCounterMissedRows, 0ull - found);
-    }
+    count_rows(p, kCounterHitRows, totals.found);
+    count_rows(p, kCounterMissedRows, 0ull - totals.found);
   }
 }
 
 template <bool kShared>
 cudaError_t launch(const ResolveRowsParams& p, cudaStream_t stream) {
-  const int segments = p.num_seqs * p.num_kv_heads;
-  int ranks = can_launch_dependent() ? kMaxRanks : 1;
-  while (ranks > 1 && segments * ranks > kSms * blocks_an_sm(kShared)) ranks /= 2;
-  const int lists = ranks > 1 ? 2 : 1;  // of chunks: owned, and a share of them
-  const size_t shared_bytes = staged_pages(p) * sizeof(int) +
-                              lists * ((p.num_chunks + ranks - 1) / ranks) * sizeof(uint16_t);
+  const size_t shared_bytes = staged_pages(p) * sizeof(int) + p.num_chunks * sizeof(uint16_t);
   if (sizeof(Shared) + shared_bytes > kOptInBytes) {
     const cudaError_t status = cudaFuncSetAttribute(
         resolve_rows_kernel<kShared>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
   }
-  return launch_dependent(resolve_rows_kernel<kShared>, dim3(segments * ranks), dim3(kThreads),
-                          shared_bytes, stream, ranks, p);
+  return launch_dependent(resolve_rows_kernel<kShared>, dim3(p.num_seqs * p.num_kv_heads),
+                          dim3(kThreads), shared_bytes, stream, 1, p);
 }
 
 }  // namespace

@@ -1,40 +1,33 @@
-// What csrc/resolve_rows.cu does with the hot slots: divides those of a head among the ranks, ranks
-// them by age and gives them to the misses. Device code only.
+// What csrc/resolve_rows.cu does with the hot slots of a head: ranks them by age and chooses those
+// that the misses get. Device code only.
 #pragma once
 
 #include "csrc/block_scan.cuh"
 #include "csrc/common.cuh"
-#include "csrc/ranks.cuh"
 #include "csrc/resolve_lists.cuh"
 #include "csrc/resolve_rows.h"
 
 namespace twilight {
 
 constexpr int kWarps = kThreads / 32;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kMaxRanks = 1;
-#else
-constexpr int kMaxRanks = 8;  // blocks of a cluster every device can schedule
-#endif
-constexpr int kOwnersEach = 8;     // chunks a thread at a time, of the table of owners
-constexpr int kChunksEach = 4;     // chunks a warp at a time, of the share
-constexpr int kSectorInts = 8;     // 32 bytes, what the L2 fetches at least
-constexpr int kKeptOrders = 4096;  // slots whose order stays in shared memory
-constexpr int kMaxAge = 1023;      // must match layout.MAX_AGE
+constexpr int kOwnersEach = 8;      // chunks a thread at a time, of the table of owners
+constexpr int kChunksEach = 8;      // chunks a warp at a time: 16 loads a lane on their way
+constexpr int kSlotsEach = 8;       // slots a thread at a time: 16 bytes of orders
+constexpr int kSectorInts = 8;      // 32 bytes, what the L2 fetches at least
+constexpr int kKeptOrders = 8192;   // slots whose order stays in shared memory
+constexpr int kKeptVictims = 1024;  // slots chosen; more wait in fetch_dst
+constexpr int kMaxAge = 1023;       // must match layout.MAX_AGE
 constexpr int kInUse = kMaxAge + 1;
-constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(2 * kThreads == kInUse, "a thread sums two orders");
 static_assert(kSlotsPerChunk == 32, "a warp reads a chunk");
+static_assert(kKeptOrders % (kThreads * kSlotsEach) == 0, "all orders a thread reads are kept");
 
 struct Shared {
-  BlockScan scan;
-  int2 histogram[kThreads];      // slots of this rank by order; those in use are not counted
-  uint16_t orders[kKeptOrders];  // of its first slots
-  int about[4];                  // the sequence: its slot, first and end query row; the step
-  int2 histograms[kMaxRanks][kThreads];  // of every rank, which writes it here itself
-  int missing[kMaxRanks];                // in every rank's part of the list, likewise
-  int num_owned;                         // chunks, in its part of the pool
-  int threshold, ties, ties_before;
+  BlockScan scans[2];
+  int2 histogram[kThreads];  // slots by order; those in use are not counted
+  __align__(16) uint16_t orders[kKeptOrders];
+  int victims[kKeptVictims];
+  int threshold, ties;
 };
 
 // 0 for a free slot, then rising with recency up to kMaxAge; kInUse for one of this step.
@@ -42,159 +35,205 @@ __device__ __forceinline__ int eviction_order(int key, int stamp, int step) {
   return key == kNoRow ? 0 : kInUse - min(max(step - stamp, 0), kMaxAge);
 }
 
+__device__ __forceinline__ int order_of(const ResolveRowsParams& p, const Segment& s, int slot) {
+  return eviction_order(__ldcg(p.slot_key + slot), __ldcg(p.slot_stamp + slot), s.step);
+}
+
 __device__ __forceinline__ void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-// Brings this rank's part of the table of owners into the L2.
-__device__ inline void prefetch_owners(const ResolveRowsParams& p, int begin, int part) {
-  const int end = min(begin + part, p.num_chunks);
-  for (int i = begin + threadIdx.x * kOwnersEach; i < end; i += kThreads * kOwnersEach) {
-    prefetch(p.chunk_owner + i);
-  }
-}
-
-// Lists the chunks lent to this owner in this rank's part of the pool.
-__device__ inline void list_owned_chunks(const ResolveRowsParams& p, int owner, const Ranks& ranks,
-                                         uint16_t* owned, Shared& shared) {
-  const int part = (p.num_chunks + ranks.count() - 1) / ranks.count();
-  const int begin = ranks.rank() * part, end = min(begin + part, p.num_chunks);
+// Lists the chunks lent to this owner; returns their number.
+__device__ inline int list_owned_chunks(const ResolveRowsParams& p, int owner, uint16_t* owned,
+                                        BlockScan& scan) {
   int num_owned = 0;
-  for (int start = begin; start < end; start += kThreads * kOwnersEach) {
+  for (int start = 0; start < p.num_chunks; start += kThreads * kOwnersEach) {
     const int first = start + threadIdx.x * kOwnersEach;
-    int owners[kOwnersEach];
-#pragma unroll
-    for (int j = 0; j < kOwnersEach; ++j) {
-      owners[j] = first + j < end ? p.chunk_owner[first + j] : kNoRow;
-    }
     unsigned mine = 0;  // a bit a chunk
 #pragma unroll
-    for (int j = 0; j < kOwnersEach; ++j) mine |= (owners[j] == owner ? 1u : 0u) << j;
+    for (int j = 0; j < kOwnersEach; ++j) {
+      const int lent_to = first + j < p.num_chunks ? p.chunk_owner[first + j] : kNoRow;
+      mine |= (lent_to == owner ? 1u : 0u) << j;
+    }
     unsigned total;
-    int at = num_owned + block_exclusive_sum(__popc(mine), shared.scan, &total);
-    for (; mine != 0; mine &= mine - 1)
+    int at = num_owned + block_exclusive_sum(__popc(mine), scan, &total);
+    for (; mine != 0; mine &= mine - 1) {
       owned[at++] = static_cast<uint16_t>(first + __ffs(mine) - 1);
+    }
     num_owned += total;
+    __syncthreads();
   }
-  if (threadIdx.x == 0) shared.num_owned = num_owned;
+  return num_owned;
 }
 
-// Divides the chunks that the ranks have listed: this one's go to `share`, and their state is
-// brought into the L2.
-__device__ inline void take_share(const ResolveRowsParams& p, const Ranks& ranks,
-                                  const uint16_t* owned, uint16_t* share, const Shared& shared,
-                                  Segment& s) {
-  int listed[kMaxRanks];
-  s.num_owned = 0;
-#pragma unroll
-  for (int r = 0; r < kMaxRanks; ++r) {
-    listed[r] = r < ranks.count() ? *ranks.of(&shared.num_owned, r) : 0;
-    s.num_owned += listed[r];
-  }
-  const int first = s.num_owned * ranks.rank() / ranks.count();
-  s.num_share = s.num_owned * (ranks.rank() + 1) / ranks.count() - first;
-  s.share = ranks.count() > 1 ? share : owned;
-  for (int j = threadIdx.x; j < s.num_share; j += kThreads) {
-    int place = first + j, holder = 0;
-#pragma unroll
-    for (int r = 0; r < kMaxRanks; ++r) {
-      if (holder == r && place >= listed[r]) {
-        place -= listed[r];
-        ++holder;
-      }
-    }
-    const int chunk = *ranks.of(owned + place, holder);
-    if (ranks.count() > 1) share[j] = static_cast<uint16_t>(chunk);
-#pragma unroll
-    for (int i = 0; i < kSlotsPerChunk; i += kSectorInts) {
-      prefetch(p.slot_key + chunk * kSlotsPerChunk + i);
-      prefetch(p.slot_stamp + chunk * kSlotsPerChunk + i);
-    }
+// Brings the state of the head's slots into the L2.
+__device__ inline void prefetch_slots(const ResolveRowsParams& p, const Segment& s) {
+  constexpr int kSectors = kSlotsPerChunk / kSectorInts;
+  for (int i = threadIdx.x; i < s.num_owned * kSectors; i += kThreads) {
+    const int slot = s.owned[i / kSectors] * kSlotsPerChunk + i % kSectors * kSectorInts;
+    prefetch(p.slot_key + slot);
+    prefetch(p.slot_stamp + slot);
   }
 }
 
-__device__ inline int order_of(const ResolveRowsParams& p, const Segment& s, int slot) {
-  return eviction_order(__ldcg(p.slot_key + slot), __ldcg(p.slot_stamp + slot), s.step);
-}
-
-// Counts the orders of this rank's slots, and sends the counts to all ranks.
-__device__ inline void count_orders(const ResolveRowsParams& p, const Segment& s,
-                                    const Ranks& ranks, Shared& shared) {
+// Finds the orders of the head's slots and counts them.
+__device__ inline void count_orders(const ResolveRowsParams& p, const Segment& s, Shared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int* histogram = &shared.histogram[0].x;
-  for (int start = warp; start < s.num_share; start += kWarps * kChunksEach) {
-    int key[kChunksEach], stamp[kChunksEach], order[kChunksEach];
+  for (int start = warp; start < s.num_owned; start += kWarps * kChunksEach) {
+    int key[kChunksEach], stamp[kChunksEach];
 #pragma unroll
-    for (int u = 0; u < kChunksEach; ++u) {  // the first chunk, once more, in place of one too many
+    for (int u = 0; u < kChunksEach; ++u) {
       const int j = start + u * kWarps;
-      const int slot = s.share[j < s.num_share ? j : start] * kSlotsPerChunk + lane;
+      if (j >= s.num_owned) continue;
+      const int slot = s.owned[j] * kSlotsPerChunk + lane;
       key[u] = __ldcg(p.slot_key + slot);
       stamp[u] = __ldcg(p.slot_stamp + slot);
     }
 #pragma unroll
     for (int u = 0; u < kChunksEach; ++u) {
-      const bool counts = start + u * kWarps < s.num_share;
-      order[u] = counts ? eviction_order(key[u], stamp[u], s.step) : kInUse;
-      const int place = (start + u * kWarps) * kSlotsPerChunk + lane;
-      if (place < kKeptOrders) shared.orders[place] = static_cast<uint16_t>(order[u]);
-      const unsigned peers = __match_any_sync(kAllLanes, order[u]);
-      if (order[u] < kInUse && __ffs(peers) - 1 == lane) {
-        atomicAdd(&histogram[order[u]], __popc(peers));
-      }
+      const int j = start + u * kWarps, place = j * kSlotsPerChunk + lane;
+      if (j >= s.num_owned) continue;
+      const int order = eviction_order(key[u], stamp[u], s.step);
+      if (place < kKeptOrders) shared.orders[place] = static_cast<uint16_t>(order);
+      if (order < kInUse) atomicAdd(&histogram[order], 1);
     }
   }
-  __syncthreads();
-  for (int r = 0; r < ranks.count(); ++r) {
-    ranks.of(&shared.histograms[ranks.rank()][0], r)[threadIdx.x] = shared.histogram[threadIdx.x];
+}
+
+// Takes the slot at this place of the head's out of those that may go.
+__device__ __forceinline__ void use_place(const ResolveRowsParams& p, const Segment& s, int place,
+                                          int slot, Shared& shared) {
+  int order;
+  if (place < kKeptOrders) {
+    order = shared.orders[place];
+    shared.orders[place] = kInUse;
+  } else {
+    order = order_of(p, s, slot);  // in use once its stamp is this step's
   }
+  if (order < kInUse) atomicSub(&shared.histogram[0].x + order, 1);
+}
+
+// Stamps the hits among a thread's entries, so that they are nobody's victims. All entries of a
+// list may be stamped at once, those of two lists not: they may be the same.
+__device__ __forceinline__ void stamp_hits(const ResolveRowsParams& p, const Segment& s,
+                                           const Entries& found, Shared& shared) {
+  int chunk[kEach], below[kEach] = {};  // owned chunks that lie below it
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) chunk[j] = (found.row[j] - p.first_row) / kSlotsPerChunk;
+#pragma unroll 1
+  for (int size = s.search_size; size > 0; size /= 2) {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int next = below[j] + size;
+      if (next <= s.num_owned && s.owned[next - 1] < chunk[j]) below[j] = next;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    if (found.row[j] < 0) continue;
+    const int slot = found.row[j] - p.first_row;
+    if (below[j] < s.num_owned && s.owned[below[j]] == chunk[j]) {
+      use_place(p, s, below[j] * kSlotsPerChunk + slot % kSlotsPerChunk, slot, shared);
+    }  // else another sequence's, by a shared page
+    p.slot_stamp[slot] = s.step;
+  }
+}
+
+// Where a victim's slot waits for its miss.
+__device__ __forceinline__ int* victim_at(const Segment& s, int victim, Shared& shared) {
+  return victim < kKeptVictims ? &shared.victims[victim] : &s.dst[s.fetched + victim];
 }
 
 // Sets threshold and ties so that the slots with order < threshold and the first `ties` slots with
 // order == threshold are `wanted` in number, or all that may go; returns how many that are.
-// below_before and shared.ties_before: those that lie in the ranks before this one.
-__device__ inline int find_threshold(int wanted, const Ranks& ranks, Shared& shared,
-                                     int* below_before) {
-  int2 here{}, prior{};
-#pragma unroll
-  for (int r = 0; r < kMaxRanks; ++r) {
-    const int2 sum = r < ranks.count() ? shared.histograms[r][threadIdx.x] : int2{};
-    here.x += sum.x;
-    here.y += sum.y;
-    prior.x += r < ranks.rank() ? sum.x : 0;
-    prior.y += r < ranks.rank() ? sum.y : 0;
-  }
+__device__ inline int find_threshold(int wanted, Shared& shared) {
+  const int2 here = shared.histogram[threadIdx.x];
   if (threadIdx.x == 0) {
     shared.threshold = kInUse;
     shared.ties = 0;
-    shared.ties_before = 0;
   }
   unsigned total;
-  const int low = block_exclusive_sum(here.x + here.y, shared.scan, &total);
+  const int low = block_exclusive_sum(here.x + here.y, shared.scans[1], &total);
   const int middle = low + here.x, high = middle + here.y;
-  const int order = 2 * threadIdx.x;
   if (low < wanted && wanted <= high) {  // true of one thread at most
     const bool first = wanted <= middle;
-    shared.threshold = order + !first;
+    shared.threshold = 2 * threadIdx.x + !first;
     shared.ties = wanted - (first ? low : middle);
-    shared.ties_before = first ? prior.x : prior.y;
   }
   __syncthreads();
-  const int threshold = shared.threshold;
-  unsigned below;
-  block_exclusive_sum((order < threshold ? prior.x : 0) + (order + 1 < threshold ? prior.y : 0),
-                      shared.scan, &below);
-  *below_before = below;
   return min(wanted, static_cast<int>(total));
 }
 
-// Puts fetch entry `entry` into a slot; returns whether another sequence had its row already.
+struct Orders {
+  int of[kSlotsEach];
+};
+
+// Orders of the slots at place .. of the head's.
+__device__ __forceinline__ Orders read_orders(const ResolveRowsParams& p, const Segment& s,
+                                              int place, const Shared& shared) {
+  Orders orders;
+  if (place >= s.num_owned * kSlotsPerChunk) {
+#pragma unroll
+    for (int i = 0; i < kSlotsEach; ++i) orders.of[i] = kInUse;
+  } else if (place < kKeptOrders) {
+    const uint4 packed = *reinterpret_cast<const uint4*>(shared.orders + place);
+    const unsigned words[] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int i = 0; i < kSlotsEach; ++i) orders.of[i] = words[i / 2] >> (i % 2 * 16) & 0xffff;
+  } else {
+    const int slot = s.owned[place / kSlotsPerChunk] * kSlotsPerChunk + place % kSlotsPerChunk;
+#pragma unroll
+    for (int i = 0; i < kSlotsEach; ++i) orders.of[i] = order_of(p, s, slot + i);
+  }
+  return orders;
+}
+
+// Chooses the `placed` oldest slots, in slot order. again: a later list will choose, too.
+__device__ inline void choose_victims(const ResolveRowsParams& p, const Segment& s, int placed,
+                                      bool again, Shared& shared) {
+  const int threshold = shared.threshold, ties = shared.ties;
+  int below = 0, tied = 0;
+  for (int start = 0; below + min(tied, ties) < placed && start < s.num_owned * kSlotsPerChunk;
+       start += kThreads * kSlotsEach) {
+    const int place = start + threadIdx.x * kSlotsEach;
+    const Orders orders = read_orders(p, s, place, shared);
+    unsigned is_below = 0, is_tied = 0;  // a bit a slot
+#pragma unroll
+    for (int i = 0; i < kSlotsEach; ++i) {
+      is_below |= (orders.of[i] < threshold ? 1u : 0u) << i;
+      is_tied |= (orders.of[i] == threshold ? 1u : 0u) << i;
+    }
+    if (ties == 0) is_tied = 0;  // the threshold may be kInUse
+    unsigned total;              // two counts in one word: neither exceeds kThreads * kSlotsEach
+    const unsigned before =
+        block_exclusive_sum(__popc(is_below) | __popc(is_tied) << 16, shared.scans[0], &total);
+    int below_before = below + (before & 0xffff), tied_before = tied + (before >> 16);
+    for (unsigned left = is_below | is_tied; left != 0; left &= left - 1) {
+      const int i = __ffs(left) - 1, at = place + i;
+      const int victim = below_before + min(tied_before, ties);
+      const bool takes = is_below >> i & 1 || tied_before < ties;
+      (is_below >> i & 1 ? below_before : tied_before) += 1;
+      if (!takes || victim >= placed) continue;
+      const int slot = s.owned[at / kSlotsPerChunk] * kSlotsPerChunk + at % kSlotsPerChunk;
+      *victim_at(s, victim, shared) = slot;
+      if (again) use_place(p, s, at, slot, shared);
+    }
+    below += total & 0xffff;
+    tied += total >> 16;
+    __syncthreads();
+  }
+}
+
+// Puts the miss with this key and place in the list into a slot; returns whether another sequence
+// had its row already.
 template <bool kShared>
-__device__ bool install(const ResolveRowsParams& p, const Segment& s, const List& list, int entry,
-                        int slot) {
+__device__ __forceinline__ bool install(const ResolveRowsParams& p, const Segment& s,
+                                        const List& list, int key, int place, int victim,
+                                        Shared& shared) {
+  const int slot = *victim_at(s, victim, shared);
   const int old = __ldcg(p.slot_key + slot);
-  const int key = __ldcg(s.src + entry), place = __ldcg(s.dst + entry);
   const int row = p.first_row + slot;
-  if (old != kNoRow) s.map[old] = kNoRow;
   int found = kNoRow;
   if (kShared) {
     found = atomicCAS(&s.map[key], kNoRow, row);
@@ -202,43 +241,43 @@ __device__ bool install(const ResolveRowsParams& p, const Segment& s, const List
     s.map[key] = row;
   }
   const bool first = found == kNoRow;
-  p.slot_key[slot] = first ? key : kNoRow;
-  p.slot_stamp[slot] = s.step;
-  s.dst[entry] = first ? row : kNoRow;
+  s.src[s.fetched + victim] = key;
+  s.dst[s.fetched + victim] = first ? row : kNoRow;
   p.locations[list.start + place] = first ? row : found;
+  p.slot_stamp[slot] = s.step;
+  if (old != kNoRow) s.map[old] = kNoRow;
+  p.slot_key[slot] = first ? key : kNoRow;
   return !first;
 }
 
-// Gives the oldest slots to the first `placed` misses of this list, in slot order; returns how many
-// of this thread's had a row already.
+// Gives the victims to the first `placed` misses of this list, in order; found: its last tile,
+// before: the misses before this thread's, of a list of one tile. Returns how many of the thread's
+// had a row already.
 template <bool kShared>
 __device__ unsigned place_misses(const ResolveRowsParams& p, const Segment& s, const List& list,
-                                 int placed, int below, Shared& shared) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int threshold = shared.threshold, ties = shared.ties;
-  int tied = shared.ties_before;
-  unsigned found = 0;
-  for (int start = 0; start < s.num_share; start += kWarps) {
-    if (below + min(tied, ties) >= placed) break;  // the same in all threads
-    const int j = start + warp, at = j * kSlotsPerChunk + lane;
-    int order = kInUse;
-    int slot = 0;
-    if (j < s.num_share) {
-      slot = s.share[j] * kSlotsPerChunk + lane;
-      order = at < kKeptOrders ? shared.orders[at] : order_of(p, s, slot);
+                                 Entries found, unsigned before, int placed, Shared& shared) {
+  unsigned had_row = 0;
+  int passed = 0;
+  for (int tile = 0; passed < placed && tile < list.tiles; ++tile) {
+    unsigned total = 0;
+    if (list.tiles > 1) {
+      found = look_again(p, s, list, tile);
+      before = block_exclusive_sum(found.misses(), shared.scans[1], &total);
     }
-    const bool is_below = order < threshold, is_tied = ties > 0 && order == threshold;
-    unsigned total;  // two counts in one word: neither exceeds kThreads
-    const unsigned before = block_exclusive_sum(is_below | is_tied << 16, shared.scan, &total);
-    const int below_before = below + (before & 0xffff), tied_before = tied + (before >> 16);
-    if (is_below || (is_tied && tied_before < ties)) {
-      const int entry = s.fetched + below_before + min(tied_before, ties);
-      found += install<kShared>(p, s, list, entry, slot);
+    int victim = passed + before;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      if (found.row[j] != kNoRow) continue;
+      if (victim < placed) {
+        const int place = List::entry(tile) + j;
+        had_row += install<kShared>(p, s, list, found.key[j], place, victim, shared);
+      }
+      ++victim;
     }
-    below += total & 0xffff;
-    tied += total >> 16;
+    passed += total;
+    if (list.tiles > 1) __syncthreads();
   }
-  return found;
+  return had_row;
 }
 
 }  // namespace twilight

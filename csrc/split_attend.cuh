@@ -63,13 +63,19 @@ struct Segment {
 __device__ inline Segment segment_of(const SplitWork& work, int index) {
   const int tiles = head_tiles(work);
   const int nh = tiles == 1 ? index : index / tiles, tile = index - nh * tiles;
-  const int n = nh / work.num_kv_heads, h = nh - n * work.num_kv_heads;
+  const int n = work.num_queries == 1 ? 0 : nh / work.num_kv_heads, h = nh - n * work.num_kv_heads;
   return {n, h, h * work.group + tile * kHeadTile, min(kHeadTile, work.group - tile * kHeadTile)};
 }
 
-struct SplitShared {
-  int warp_units[kSplitWarps];
-  int segment, segment_start;
+// Units are dealt out in a row: the first `more` of `blocks` get each + 1, the others `each`.
+struct Deal {
+  int blocks, each, more;
+
+  __device__ int first_unit(int block) const { return block * each + min(block, more); }
+  __device__ int block_of(int unit) const {
+    const int longer = more * (each + 1);
+    return unit < longer ? unit / (each + 1) : more + (unit - longer) / each;
+  }
 };
 
 struct UnitRange {
@@ -83,68 +89,55 @@ __device__ int segment_units(const Worker& worker, const SplitWork& work, int in
   return (worker.num_items(segment.n, segment.h) + Worker::kUnitItems - 1) / Worker::kUnitItems;
 }
 
-// Block i has units [i * total / blocks, (i + 1) * total / blocks); the slots of a segment with
-// units [first, last).
-__device__ inline int2 slots_of(int index, int64_t first, int64_t last, int64_t total,
-                                int64_t blocks) {
+// The slots of a segment with units [first, last).
+__device__ inline int2 slots_of(int index, int first, int last, const Deal& deal) {
   if (first == last) return make_int2(0, 0);
-  const int64_t first_block = ((first + 1) * blocks - 1) / total;
-  const int64_t last_block = (last * blocks - 1) / total;
-  return make_int2(static_cast<int>(first_block) + index,
-                   static_cast<int>(last_block - first_block) + 1);
+  const int block = deal.block_of(first);
+  return make_int2(block + index, deal.block_of(last - 1) - block + 1);
 }
 
-// The block's share of all units; false if it has none. The last block, whose share is never the
-// larger one, leaves the segments' slots for the merge.
+// The block's share of all units; false if it has none. Every warp finds it by itself, which takes
+// no barrier. The last block, whose share is never the larger one, leaves the segments' slots for
+// the merge.
 template <class Worker>
-__device__ bool find_range(const Worker& worker, const SplitWork& work, SplitShared& shared,
-                           UnitRange& range) {
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const int segments = num_segments(work);
-  const int per_thread = (segments + kSplitThreads - 1) / kSplitThreads;
-  const int first = min(segments, tid * per_thread), last = min(segments, first + per_thread);
+__device__ bool find_range(const Worker& worker, const SplitWork& work, UnitRange& range) {
+  constexpr unsigned kAllLanes = 0xffffffffu;
+  const int lane = threadIdx.x % 32, block = blockIdx.x, num_blocks = gridDim.x;
+  const int segments = num_segments(work), per_lane = (segments + 31) / 32;
+  const int first = min(segments, lane * per_lane), last = min(segments, first + per_lane);
   int mine = 0;
-#pragma unroll 1
+#pragma unroll 2
   for (int i = first; i < last; ++i) mine += segment_units(worker, work, i);
-  int scan = mine;
+  int end = mine;
 #pragma unroll
   for (int offset = 1; offset < 32; offset <<= 1) {
-    const int left = __shfl_up_sync(0xffffffffu, scan, offset);
-    if (lane >= offset) scan += left;
+    const int left = __shfl_up_sync(kAllLanes, end, offset);
+    if (lane >= offset) end += left;
   }
-  if (lane == 31) shared.warp_units[warp] = scan;
-  __syncthreads();
-  int before = scan - mine, total = 0;
-  for (int w = 0; w < kSplitWarps; ++w) {
-    if (w < warp) before += shared.warp_units[w];
-    total += shared.warp_units[w];
-  }
-  const int blocks = min(static_cast<int>(gridDim.x), total);
-  if (blockIdx.x == gridDim.x - 1) {
+  const int total = __shfl_sync(kAllLanes, end, 31), blocks = min(num_blocks, total);
+  const int each = total <= num_blocks ? 1 : total / blocks;
+  const Deal deal{blocks, each, total - each * blocks};
+  range.begin = deal.first_unit(block);
+  range.end = deal.first_unit(block + 1);
+  const bool leaves_slots = block == num_blocks - 1 && threadIdx.x < 32;
+  const bool has_first = block < blocks && end - mine <= range.begin && range.begin < end;
+  if (leaves_slots || has_first) {
     int2* slots = segment_slots(work, Worker::kHeadDim);
 #pragma unroll 1
-    for (int i = first, start = before; i < last; ++i) {
-      const int stop = start + segment_units(worker, work, i);
-      slots[i] = slots_of(i, start, stop, total, blocks);
+    for (int i = first, start = end - mine; i < last; ++i) {
+      const int stop = start + (per_lane == 1 ? mine : segment_units(worker, work, i));
+      if (start <= range.begin && range.begin < stop) {
+        range.segment = i;
+        range.segment_start = start;
+      }
+      if (leaves_slots) slots[i] = slots_of(i, start, stop, deal);
       start = stop;
     }
   }
-  if (static_cast<int>(blockIdx.x) >= blocks) return false;
-  range.begin = static_cast<int>(int64_t{blockIdx.x} * total / blocks);
-  range.end = static_cast<int>((int64_t{blockIdx.x} + 1) * total / blocks);
-  if (before <= range.begin && range.begin < before + mine) {
-    int index = first, start = before;
-#pragma unroll 1
-    for (int units = segment_units(worker, work, index); start + units <= range.begin;) {
-      start += units;
-      units = segment_units(worker, work, ++index);
-    }
-    shared.segment = index;
-    shared.segment_start = start;
-  }
-  __syncthreads();
-  range.segment = shared.segment;
-  range.segment_start = shared.segment_start;
+  if (block >= blocks) return false;
+  const int holder = __ffs(__ballot_sync(kAllLanes, has_first)) - 1;
+  range.segment = __shfl_sync(kAllLanes, range.segment, holder);
+  range.segment_start = __shfl_sync(kAllLanes, range.segment_start, holder);
   return true;
 }
 
@@ -154,9 +147,8 @@ __device__ bool find_range(const Worker& worker, const SplitWork& work, SplitSha
 // synchronises the block before it returns.
 template <class Worker>
 __device__ void split_attend(Worker& worker, const SplitWork& work) {
-  __shared__ SplitShared shared;
-  UnitRange range;
-  if (!find_range(worker, work, shared, range)) return;
+  UnitRange range{};
+  if (!find_range(worker, work, range)) return;
   int start = range.segment_start;
   for (int index = range.segment, unit = range.begin; unit < range.end; ++index) {
     const Segment segment = segment_of(work, index);

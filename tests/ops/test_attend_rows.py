@@ -97,7 +97,10 @@ def test_equals_reference(
         run(case, dtype, device, share, hit)
 
 
-@pytest.mark.parametrize("case", SHAPES[7:], ids=name)
+MANY_ROWS = Case(seq_lens=(60,) * 17, q_lens=(8,) * 17)  # more than a block keeps in mind
+
+
+@pytest.mark.parametrize("case", [*SHAPES[7:], MANY_ROWS], ids=name)
 def test_many_heads_and_sequences(case: Case, device: torch.device) -> None:
     for dtype in row_dtypes(device):
         run(case, dtype, device, UNEVEN, 0.5)

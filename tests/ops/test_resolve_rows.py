@@ -94,8 +94,10 @@ def test_steps_match_reference(
     [
         ([1], 900, 3500),  # an entry or two a thread, several slots
         ([1], 300, 14000),  # lists of several tiles
+        ([1], 900, 14000),  # hits and victims beyond the slots whose order is kept
+        ([2], 900, 14000),
         ([2, 1], 700, 6000),
-        ([1] * 9, 2500, 900),  # smaller clusters
+        ([1] * 9, 2500, 900),
     ],
 )
 def test_long_lists_match_reference(
