@@ -41,6 +41,8 @@ class ListWarp {
       : p_(p), s_(s), ring_(ring), lane_(ring.lane()), turns_(p, schedule, s, first, step, lane) {
     const int64_t tokens = int64_t(s.kv_head) * p.page_size;
     codes_ = held(p.k_codes + tokens * (D / 2));
+    codes_stride_ = held(uint32_t(p.codes_page_stride));
+    scale_stride_ = held(uint32_t(p.scale_page_stride));
     codes_begin_ = held(L::begin(lane_ / 4 * 4, lane_ % 4));
     scales_ = held(p.k_scale + (kPerToken ? tokens * 2 : int64_t(s.kv_head) * 2 * D));
   }
@@ -88,22 +90,25 @@ class ListWarp {
       const Known piece = turns_.known(turn);
       const uint64_t page = turns_.page(turn);
       const int skipped = piece.number() * kPieceTokens;
-      const uint8_t* codes = codes_ + page * uint32_t(p_.codes_page_stride) + skipped * (D / 2);
+      const uint8_t* codes = codes_ + page * codes_stride_ + skipped * (D / 2);
+      const uint16_t* scales = scales_ + page * scale_stride_;
+      if constexpr (kPerToken) scales += skipped * 2;
       if (piece.is(kAll)) {
         ring_.copy_all_codes(turn, codes);
-      } else if (piece.kept()) {
-        ring_.copy_codes(turn, codes, piece.tokens(), p_.vector_codes);
-      }
-      if (piece.is(kScales)) {
-        const uint16_t* scales = scales_ + page * uint32_t(p_.scale_page_stride);
-        if constexpr (kPerToken) {
-          ring_.template copy_scales<4>(turn, scales + skipped * 2, piece.tokens() * 4);
-        } else {
-          ring_.template copy_scales<16>(turn, scales, 4 * D);
-        }
+        copy_scales(turn, scales, piece);
+      } else {
+        if (piece.kept()) ring_.copy_codes(turn, codes, piece.tokens(), p_.vector_codes);
+        if (piece.is(kScales)) copy_scales(turn, scales, piece);
       }
     }
     ring_.commit();
+  }
+  __device__ void copy_scales(int turn, const uint16_t* scales, const Known& piece) const {
+    if constexpr (kPerToken) {
+      ring_.template copy_scales<4>(turn, scales, piece.tokens() * 4);
+    } else {
+      ring_.template copy_scales<16>(turn, scales, 4 * D);
+    }
   }
 
   template <bool kPaired>
@@ -120,8 +125,9 @@ class ListWarp {
     errors_ = held(errors_);
 #pragma unroll 1
     for (int turn = 0; turn < turns_.count(); ++turn) {
+      const Piece piece = turns_.piece(turn);
       ring_.wait();
-      score(turn, query, state);
+      score(turn, piece, query, state);
       __syncwarp();
       if (turns_.lack(turn + kStages)) turns_.look_up(turn + 1);
       copy(turn + kStages);
@@ -129,8 +135,8 @@ class ListWarp {
   }
 
   template <bool kPaired>
-  __device__ void score(int turn, Query<kPaired>& query, Softmax (&state)[Query<kPaired>::kOwn]) {
-    const Piece piece = turns_.piece(turn);
+  __device__ void score(int turn, const Piece& piece, Query<kPaired>& query,
+                        Softmax (&state)[Query<kPaired>::kOwn]) {
     if constexpr (kPerToken) {
       if (p_.errors != nullptr && piece.is(kFirst)) {
         write_error(piece, query.norm * mean_step(turn));
@@ -239,15 +245,18 @@ class ListWarp {
       float top = state[h].max;
 #pragma unroll
       for (const auto& batch : scores) {
-#pragma unroll
-        for (float score : batch[h]) top = fmaxf(top, score);
+        const float (&x)[4] = batch[h];
+        top = fmaxf(top, fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
       }
       const float shift = -kLog2E * top;
       float sum = state[h].sum * exp2_approx(fmaf(state[h].max, kLog2E, shift));
 #pragma unroll
       for (const auto& batch : scores) {
 #pragma unroll
-        for (float score : batch[h]) sum += exp2_approx(fmaf(score, kLog2E, shift));
+        for (int i = 0; i < 4; i += 2) {
+          const float first = exp2_approx(fmaf(batch[h][i], kLog2E, shift));
+          sum += first + exp2_approx(fmaf(batch[h][i + 1], kLog2E, shift));
+        }
       }
       state[h].sum = sum;
       state[h].max = top;
@@ -349,8 +358,10 @@ class ListWarp {
   const Ring<D>& ring_;
   const int lane_;
   Turns<kPerToken> turns_;
-  const uint8_t* codes_;     // of the KV head, in a page of number zero
-  const uint16_t* scales_;   // the same
+  const uint8_t* codes_;    // of the KV head, in a page of number zero
+  const uint16_t* scales_;  // the same
+  // Elements from a page to the next: held in 32 bits, which multiply in one instruction.
+  uint32_t codes_stride_, scale_stride_;
   int codes_begin_;          // the lane's first words in a stage
   int heads_ = 0;            // of the segment
   float* row_ = nullptr;     // scores of the first of the lane's heads, from its first token on

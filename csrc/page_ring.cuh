@@ -74,7 +74,8 @@ class PageRing {
 #pragma unroll
     for (int i = 0; i < ceil_div(kScaleBytes, 32 * kVector); ++i) {
       const int at = i * 32 * kVector;
-      if (at + mine < bytes) copy_async<kVector>(to + at, source + at);
+      const bool whole = at + 32 * kVector <= bytes;  // known at compile time for a channel's
+      if (whole || at + mine < bytes) copy_async<kVector>(to + at, source + at);
     }
   }
 
