@@ -119,11 +119,11 @@ __device__ void set_targets(const Share& s, const PruneParams& p, Target (&targe
   targets[threadIdx.x] = target;
 }
 
-// The offsets of the heads that a rule's weights are the mean of.
-__device__ void set_offsets(const Share& s, const PruneParams& p, int heads, float* offsets) {
+// The scales of the heads for a mean over `heads`.
+__device__ void set_scales(const Share& s, const PruneParams& p, int heads, HeadScale* scales) {
 #pragma unroll 1
   for (int h = threadIdx.x; h < p.group; h += blockDim.x) {
-    offsets[h] = offset_of(__ldcg(s.lse + h), heads);
+    scales[h] = HeadScale(__ldcg(s.lse + h), heads);
   }
 }
 
@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   BlockSums* blocks = reinterpret_cast<BlockSums*>(memory + kSharedBytes);
   int* tiles = reinterpret_cast<int*>(memory + kSharedBytes + plan.ranks * kBytesPerRank);
-  float* offsets = reinterpret_cast<float*>(tiles + plan.kept_tiles * (blockDim.x / 32) * kTile);
+  HeadScale* scales =
+      reinterpret_cast<HeadScale*>(tiles + plan.kept_tiles * (blockDim.x / 32) * kTile);
   const int lane = threadIdx.x % 32;
   const Ranks ranks;
   prepare(shared.select);
@@ -158,11 +159,11 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     const Source source(s, p, s.run.token(0), rule);
     Batch<kPlain, kWhole> batch;
     batch.load(s, p, source, s.run.token(0), 0, heads);
-    set_offsets(s, p, heads, offsets);
+    set_scales(s, p, heads, scales);
     set_targets(s, p, shared.select.targets);
     if (!kPlain && rule == 0) grade_all(s, p, lane);
     __syncthreads();
-    masses = take_weights(s, p, source, batch, heads, offsets + rule, state, shared.select);
+    masses = take_weights(s, p, source, batch, heads, scales + rule, state, shared.select);
     const Masses all = Masses{masses.resident, masses.variance}.over_warp();
     if (lane == 0) shared.select.warp_masses[threadIdx.x / 32] = all;
     select<kPlain>(s.run, state, ranks, shared.select);
@@ -216,7 +217,7 @@ struct AtOnce {
 
 // Shared memory of a block but for the tiles.
 int fixed_bytes(const PruneParams& p, int ranks) {
-  return kSharedBytes + ranks * kBytesPerRank + p.group * int(sizeof(float));
+  return kSharedBytes + ranks * kBytesPerRank + p.group * int(sizeof(HeadScale));
 }
 
 int64_t bytes_of_tiles(int tiles, int threads) {

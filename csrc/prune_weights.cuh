@@ -98,26 +98,35 @@ __device__ __forceinline__ float exp2_approximately(float x) {
   return y;
 }
 
-__device__ __forceinline__ float load_shared(unsigned address) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-  return x;
-}
+// A head's share of a mean weight is 2^(score * log2(e) + offset) * factor.
+struct HeadScale {
+  float offset, factor;
 
-// What is added to a score, in powers of two, for its weight's share among `heads`.
-__device__ __forceinline__ float offset_of(float lse, int heads) {
-  return -lse * kLog2E - __log2f(heads);
-}
-
-__device__ __forceinline__ float weight(float score, float offset) {
-  return exp2_approximately(fmaf(score, kLog2E, offset));
-}
+  // Of the mean over `heads`. The factor mends what the offset, which may be far larger than the
+  // sum, is rounded by.
+  __device__ __forceinline__ HeadScale(float lse, float heads) {
+    const float product = lse * kLog2E;
+    offset = -product;
+    factor = __fdividef(exp2_approximately(-fmaf(lse, kLog2E, -product)), heads);
+  }
+  __device__ __forceinline__ explicit HeadScale(unsigned shared) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(offset), "=f"(factor)
+                 : "r"(shared)
+                 : "memory");
+  }
+  // But for the factor.
+  __device__ __forceinline__ float weight(float score) const {
+    return exp2_approximately(fmaf(score, kLog2E, offset));
+  }
+};
 
 __device__ inline float mean_weight(const Share& s, const PruneParams& p, int t) {
   float sum = 0.0f;
 #pragma unroll 4
   for (int g = 0; g < p.group; ++g) {
-    sum += weight(s.scores[int64_t(g) * p.capacity + t], offset_of(s.lse[g], p.group));
+    const HeadScale scale(s.lse[g], p.group);
+    sum += scale.weight(s.scores[int64_t(g) * p.capacity + t]) * scale.factor;
   }
   return sum;
 }
@@ -179,26 +188,28 @@ struct TokenSums {
   float weights[4] = {0.f, 0.f, 0.f, 0.f};
   float errors[4] = {0.f, 0.f, 0.f, 0.f};  // of the weights
 
-  // Adds a batch's heads, `skip` from the source's first on. offsets: address of that one's.
+  // Adds a batch's heads, `skip` from the source's first on. scales: address of that one's.
   template <bool kPlain, bool kWhole>
   __device__ __forceinline__ void add(const Share& s, const PruneParams& p, const Source& source,
-                                      unsigned offsets, int t, int skip, int heads,
+                                      unsigned scales, int t, int skip, int heads,
                                       const Batch<kPlain, kWhole>& batch) {
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       if (!kWhole && skip + h >= heads) break;
       const float4& x = batch.scores[h];
-      const float offset = load_shared(offsets + (skip + h) * unsigned(sizeof(float)));
-      const float w[4] = {weight(x.x, offset), weight(x.y, offset), weight(x.z, offset),
-                          weight(x.w, offset)};
+      const HeadScale scale(scales + (skip + h) * unsigned(sizeof(HeadScale)));
+      const float w[4] = {scale.weight(x.x), scale.weight(x.y), scale.weight(x.z),
+                          scale.weight(x.w)};
+      const float error = kPlain ? batch.errors[h] * scale.factor : 0.f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        weights[i] += w[i];
+        weights[i] += w[i] * scale.factor;
         if (kPlain) {
-          errors[i] += w[i] * batch.errors[h];  // not used without a margin
+          errors[i] += w[i] * error;  // not used without a margin
         } else if (source.errors != nullptr && s.run.holds(t + i)) {
           const int64_t page = s.page_of(t + i, p.page_size);
-          errors[i] += w[i] * __ldcg(source.errors + int64_t(skip + h) * p.num_pages + page);
+          errors[i] +=
+              w[i] * scale.factor * __ldcg(source.errors + int64_t(skip + h) * p.num_pages + page);
         }
       }
     }
@@ -264,15 +275,15 @@ __device__ __forceinline__ void keep_any(const Share& s, const PruneParams& p, i
 
 // The pass over the scores of `heads` heads, whose weights' mean it takes: leaves the weights in
 // the run and in the first histogram. `batch` holds the first tile's first heads, from `source`;
-// offsets: offset_of each head's lse, in shared memory.
+// scales: theirs, in shared memory.
 template <bool kPlain, bool kWhole>
 __device__ __forceinline__ LaneMasses take_weights(const Share& s, const PruneParams& p,
                                                    Source source, Batch<kPlain, kWhole>& batch,
-                                                   int heads, const float* offsets,
+                                                   int heads, const HeadScale* scales,
                                                    const SelectState& state, SelectShared& shared) {
   LaneMasses masses;
   const uint4* histogram = shared.histograms[state.num_passes & 1];
-  const unsigned part = part_of(histogram, kParts), first_offset = hold(shared_address(offsets));
+  const unsigned part = part_of(histogram, kParts), first_scale = hold(shared_address(scales));
   const Rounding rounding(state.drop);
   const Adder<kPlain> adder(shared.targets, histogram, 0, state.drop);
   const Adder<kPlain>* by_target = kPlain || share_first(shared.targets) ? nullptr : &adder;
@@ -283,7 +294,7 @@ __device__ __forceinline__ LaneMasses take_weights(const Share& s, const PrunePa
     int skip = 0;
 #pragma unroll 1
     while (true) {
-      sums.add(s, p, source, first_offset, t, skip, heads, batch);
+      sums.add(s, p, source, first_scale, t, skip, heads, batch);
       skip += kHeads;
       if (skip >= heads) break;
       batch.load(s, p, source, t, skip, heads);
