@@ -39,6 +39,7 @@ struct LowerWorker {
   static constexpr int kUnitItems = kSplitWarps;
   static constexpr int kPairs = kHeads / 2;  // heads of half a warp, in the tail
   static constexpr int kFours = kHeads / 4;
+  static constexpr int kItemTokens = 16;
   static_assert(sizeof(Ring) >= 8 * (kD + 4) * sizeof(float));  // write_partial
 
   const AttendLowerParams& params;
@@ -62,12 +63,11 @@ struct LowerWorker {
   __device__ LowerWorker(const AttendLowerParams& params, Ring& ring, uint32_t lane)
       : params(params), ring(ring), lane(lane), g(lane / 4), j(lane % 4) {}
 
-  __device__ int num_items(int n, int) const {
-    const StepView& step = params.step;
-    const int2 tokens = listed_tokens(step, n);
-    if (tokens.x >= tokens.y) return 0;
-    const int pages = (tokens.y - 1) / step.page_size - tokens.x / step.page_size + 1;
-    return pages * slices_per_page(step);
+  // Shares of work: a slice, and as many index tokens as cost the same.
+  __device__ int num_items(int n, int h) const {
+    const int slices = num_slices(params.step, n), *counts = params.index_counts;
+    if (slices == 0 || counts == nullptr) return slices;
+    return slices + counts[n * params.work.num_kv_heads + h] / kItemTokens;
   }
 
   __device__ void start(const Segment& segment, int first_item, int last_item) {
@@ -89,10 +89,7 @@ struct LowerWorker {
 #pragma unroll
     for (int m = 0; m < kPairs; ++m) tail_reference[m] = reference(lane / 16 * kPairs + m);
 #pragma unroll
-    for (int m = 0; m < kFours; ++m) {
-      index_reference[m] = reference(j + 4 * m);
-      index_sum[m] = 0.f;
-    }
+    for (int m = 0; m < kFours; ++m) index_reference[m] = reference(j + 4 * m), index_sum[m] = 0.f;
     tail_sum = low_ends = ones = 0.f;
     take = live = waiting = mean_at = 0;
     products.clear();
@@ -102,6 +99,9 @@ struct LowerWorker {
   // asks for. So when all but the last three groups are there, the slice at hand is, and so are the
   // codes of all slices but the one before it.
   __device__ void attend(const Segment& segment, int first_item, int last_item) {
+    const int items = num_items(segment.n, segment.h), all = num_slices(params.step, segment.n);
+    first_item = slices_before(first_item, items, all);
+    last_item = slices_before(last_item, items, all);
     first_item += __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
     // Slices that are yet to be added, the one at hand among them.
     int steps = max(last_item - first_item + kSplitWarps - 1, 0) / kSplitWarps;

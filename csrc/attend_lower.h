@@ -10,9 +10,11 @@ namespace twilight {
 struct AttendLowerParams {
   SplitWork work;
   StepView step;
-  const float* scores;     // [N, Hq, score_capacity]
-  const float* lse;        // [N, Hq] of all scores: a weight is exp(score - lse)
-  const uint8_t* grades;   // [N, Hkv, grade_capacity]
+  const float* scores;    // [N, Hq, score_capacity]
+  const float* lse;       // [N, Hq] of all scores: a weight is exp(score - lse)
+  const uint8_t* grades;  // [N, Hkv, grade_capacity]
+  const int*
+      index_counts;  // [N, Hkv] tokens of kGradeIndex, or null: the shares of work assume none
   const uint8_t* v_codes;  // [P, Hkv, S, D / 2], or null: no index grade
   const void* v_scale;     // [P, Hkv, S, 2] float16: scale, min; null with v_codes
   const void* v_mean;      // [P, Hkv, D] float16, or null: no tail

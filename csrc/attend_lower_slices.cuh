@@ -70,6 +70,20 @@ __device__ __forceinline__ int2 listed_tokens(const StepView& step, int n) {
                    min(step.window_starts[step.query_seq[n]], step.positions[n] + 1));
 }
 
+__device__ __forceinline__ int num_slices(const StepView& step, int n) {
+  const int2 tokens = listed_tokens(step, n);
+  if (tokens.x >= tokens.y) return 0;
+  const int pages = (tokens.y - 1) / step.page_size - tokens.x / step.page_size + 1;
+  return pages * slices_per_page(step);
+}
+
+// How many of all slices lie in front of an item, where each item has an even share of them: the
+// same wherever it is asked, whichever way it is rounded.
+__device__ __forceinline__ int slices_before(int item, int items, int slices) {
+  if (item >= items) return slices;
+  return min(slices, static_cast<int>(__fmul_rn(item, __fdividef(slices, items))));
+}
+
 // The slices of a warp, every kSplitWarps-th of a stretch: what is read once in 32 of them, so that
 // it takes no registers.
 struct Walk {

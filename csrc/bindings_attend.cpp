@@ -79,13 +79,15 @@ void bind_attend(py::module_& m) {
   m.def(
       "attend_lower",
       [](const SplitWork& work, const StepView& step, uint64_t scores, uint64_t lse,
-         uint64_t grades, uint64_t v_codes, uint64_t v_scale, uint64_t v_mean,
-         int64_t score_capacity, int64_t grade_capacity, int head_dim, uint64_t stream) {
+         uint64_t grades, uint64_t index_counts, uint64_t v_codes, uint64_t v_scale,
+         uint64_t v_mean, int64_t score_capacity, int64_t grade_capacity, int head_dim,
+         uint64_t stream) {
         const twilight::AttendLowerParams p{work,
                                             step,
                                             as<float>(scores),
                                             as<float>(lse),
                                             as<uint8_t>(grades),
+                                            as<int>(index_counts),
                                             as<uint8_t>(v_codes),
                                             as<void>(v_scale),
                                             as<void>(v_mean),
@@ -95,8 +97,9 @@ void bind_attend(py::module_& m) {
         check(twilight::launch_attend_lower(p, as_stream(stream)), "attend_lower");
       },
       py::kw_only(), py::arg("work"), py::arg("step"), py::arg("scores"), py::arg("lse"),
-      py::arg("grades"), py::arg("v_codes"), py::arg("v_scale"), py::arg("v_mean"),
-      py::arg("score_capacity"), py::arg("grade_capacity"), py::arg("head_dim"), py::arg("stream"));
+      py::arg("grades"), py::arg("index_counts"), py::arg("v_codes"), py::arg("v_scale"),
+      py::arg("v_mean"), py::arg("score_capacity"), py::arg("grade_capacity"), py::arg("head_dim"),
+      py::arg("stream"));
   m.def(
       "merge_states",
       [](const std::vector<SplitWork>& works, uint64_t out, uint64_t lse, int head_dim,

@@ -340,6 +340,7 @@ def attend_lower(
     scores: int,
     lse: int,
     grades: int,
+    index_counts: int,
     v_codes: int,
     v_scale: int,
     v_mean: int,

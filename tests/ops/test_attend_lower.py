@@ -56,10 +56,16 @@ def make_grades(case: Case, meta: StepMeta, mix: tuple[float, ...]) -> Tensor:
 
 
 def check(
-    scores: Tensor, grades: Tensor, index: IndexPages, meta: StepMeta, *, tail: bool = True
+    scores: Tensor,
+    grades: Tensor,
+    index: IndexPages,
+    meta: StepMeta,
+    *,
+    tail: bool = True,
+    index_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     lse = total_lse(scores)
-    state = attend_lower(scores, lse, grades, index, meta, tail=tail)
+    state = attend_lower(scores, lse, grades, index, meta, tail=tail, index_counts=index_counts)
     got = merge_states([state], torch.float32)
     want = reference(scores, lse, grades, index, meta, tail=tail)
     compare(got[0], want[0])
@@ -101,6 +107,15 @@ def test_pages_of_several_slices(device: torch.device) -> None:
         meta = make_meta(case, device)
         scores, grades = make_scores(case, meta), make_grades(case, meta, MIXES["mixed"])
         check(scores, grades, make_index(case, device), meta)
+
+
+def test_work_dealt_out_by_counts(device: torch.device) -> None:
+    for case in (*SHAPES, Case(seq_lens=(5003, 900), head_dim=128, page_size=64)):
+        meta = make_meta(case, device)
+        scores, grades = make_scores(case, meta), make_grades(case, meta, MIXES["few-index"])
+        grades[:, 0, grades.shape[2] // 4 :] = GRADE_INDEX  # one head far above the others
+        counts = (grades == GRADE_INDEX).sum(-1).int()
+        check(scores, grades, make_index(case, device), meta, index_counts=counts)
 
 
 def test_aligned_scores(device: torch.device) -> None:
@@ -202,6 +217,8 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
         attend_lower(scores[0], lse, grades, index, meta)
     with pytest.raises(ValueError, match="lse has shape"):
         attend_lower(scores, lse[:, :2], grades, index, meta)
+    with pytest.raises(ValueError, match="index_counts has shape"):
+        attend_lower(scores, lse, grades, index, meta, index_counts=lse.int())
     with pytest.raises(ValueError, match="no V is left"):
         bare = make_index(case, device, v_codes=False)
         attend_lower(scores, lse, grades, bare, meta, tail=False)

@@ -20,6 +20,7 @@ def attend_lower(
     meta: StepMeta,
     *,
     tail: bool = True,
+    index_counts: Tensor | None = None,
 ) -> AttendState:
     """Weigh the V that the index has of every token below exact by its estimated score.
 
@@ -33,6 +34,8 @@ def attend_lower(
         grades: [N, Hkv, C'] uint8 by token position.
         index: the layer's index pages; without v_codes no token may be graded GRADE_INDEX.
         tail: whether tokens graded GRADE_TAIL take part.
+        index_counts: [N, Hkv] int32 tokens graded GRADE_INDEX, by which a GPU deals out the work: a
+            head that has many then takes no longer than others. The result changes by rounding.
     Returns: the state, for merge_states; it holds on to no argument: keep scores, lse and grades
         until the launch is done, where another stream than theirs runs it.
     Raises: ValueError for shapes or dtypes other than these.
@@ -53,6 +56,13 @@ def attend_lower(
             f"grades holds {grades.shape[2]} tokens, strides {grades.stride()}; it must be "
             f"contiguous and hold max_len ({meta.max_len})"
         )
+    if index_counts is not None:
+        launch.check_shape("index_counts", index_counts, (n, hkv))
+        launch.check_dtype("index_counts", index_counts, torch.int32)
+        if not index_counts.is_contiguous():
+            raise ValueError(
+                f"index_counts has strides {index_counts.stride()}; it must be contiguous"
+            )
     state = ws.new_state("lower", (n, hq, head_dim), hkv, scores.device)
     if n == 0:
         return state
@@ -65,6 +75,7 @@ def attend_lower(
         scores=launch.ptr(scores),
         lse=launch.ptr(lse),
         grades=launch.ptr(grades),
+        index_counts=launch.ptr(index_counts),
         v_codes=launch.ptr(index.v_codes),
         v_scale=launch.ptr(index.v_scale),
         v_mean=launch.ptr(index.v_mean) if tail else 0,
