@@ -144,6 +144,7 @@ class LayerOps:
             self.graded.index,
             self.meta,
             tail=self.config.tail == "mean",
+            index_counts=self.pruned.index_counts,
         )
 
     def attend_rows(self) -> None:

@@ -111,11 +111,19 @@ class GradedAttention:
         if self.index_top_p is None and not tail:
             return []
         stream = self.cache.side_stream
-        if stream is None or graded is None:
-            return [attend_lower(scores, lse, pruned.grades, self.index, meta, tail=tail)]
-        stream.wait_event(graded)
-        with torch.cuda.stream(stream):
-            return [attend_lower(scores, lse, pruned.grades, self.index, meta, tail=tail)]
+        if stream is not None and graded is not None:
+            stream.wait_event(graded)
+        with torch.cuda.stream(stream):  # the current one where it is None
+            state = attend_lower(
+                scores,
+                lse,
+                pruned.grades,
+                self.index,
+                meta,
+                tail=tail,
+                index_counts=pruned.index_counts,
+            )
+        return [state]
 
     def _prune(
         self, q: Tensor, meta: StepMeta, buffers: StepBuffers
