@@ -118,7 +118,6 @@ __device__ unsigned copy_tile(const GatherRowsParams& p, const unsigned* ends, u
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRowsParams p) {
   extern __shared__ unsigned ends[];  // [num_segments]
   __shared__ BlockScan scan;
-  let_next_start();
   wait_for_inputs();
   const bool timed = p.times != nullptr && threadIdx.x == 0;
   const unsigned long long start_ns = timed ? now_ns() : 0;
@@ -129,6 +128,9 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRowsParams 
   for (unsigned first = blockIdx.x * tile_rows; first < num_rows; first += gridDim.x * tile_rows) {
     moved += copy_tile(p, ends, first, min(tile_rows, num_rows - first));
   }
+  // No earlier: the blocks of the attention over the rows fill the multiprocessors' shared memory,
+  // and would keep out those of the lower grades, which run while the rows are on the way.
+  let_next_start();
   unsigned block_moved;
   block_exclusive_sum(moved, scan, &block_moved);  // every warp of the block is done
   if (timed && block_moved > 0) {

@@ -14,7 +14,7 @@ from decode_attention.policies import (
     PolicyDecode,
     QuestPages,
     ZeroCopyRows,
-    forget_older_rows,
+    forget_rows,
 )
 from decode_attention.setting import Setting, print_table
 from decode_attention.steps import StepTimes, measure_steps
@@ -35,6 +35,8 @@ MOST_SHARE = 0.25  # what the paper's selector leaves
 def paper_table7(setting: Setting) -> None:
     """`paper-table7/<tokens>`: MHA, one sequence, one layer.
 
+    `paper` has no cache: its hot rows are emptied before each step, so that every row is fetched.
+    `paper_direct` has no room for any: its rows are read from the host by the attention itself.
     Warm: the translations of the layer's host rows stay from step to step, as in a bench of an
     operator alone. Cold: before each step far host memory is read, as other layers would be.
     """
@@ -42,7 +44,7 @@ def paper_table7(setting: Setting) -> None:
     for tokens in setting.sizes.table7:
         metrics = _table7(setting, tokens)
         setting.keep(f"paper-table7/{tokens}", metrics)
-        for name in ("quest", "paper", "paper_gather", "balanced"):
+        for name in ("quest", "paper", "paper_direct", "balanced"):
             us, cold = metrics[f"{name}_us"], metrics[f"{name}_cold_us"]
             table.append(
                 (
@@ -67,9 +69,15 @@ def _table7(setting: Setting, tokens: int) -> dict[str, float]:
     share = setting.sizes.table7_rows / tokens
     metrics: dict[str, float] = {}
 
-    def both(name: str, workload: Workload, decode: Callable[[], DecodeAttention]) -> None:
-        warm = measure_steps(workload, machine, decode(), warm=setting.warm, cool=machine.flush_l2)
-        cold = measure_steps(workload, machine, decode(), warm=setting.warm)
+    def both(
+        name: str,
+        workload: Workload,
+        decode: Callable[[], DecodeAttention],
+        prepare: Callable[[], object] = lambda: None,
+    ) -> None:
+        run = partial(measure_steps, workload, machine, warm=setting.warm, prepare=prepare)
+        warm = run(decode(), cool=machine.flush_l2)
+        cold = run(decode())
         row_bytes = workload.cache.row_bytes
         metrics.update(
             {
@@ -90,11 +98,12 @@ def _table7(setting: Setting, tokens: int) -> dict[str, float]:
         calibrate(w, new_decode(w, PAPER))
         quest = partial(QuestPages, most_rows=most)
         both("quest", w, lambda: decode(w, QUEST, quest))
-        both("paper_gather", w, lambda: decode(w, PAPER, partial(ZeroCopyRows, most_rows=most)))
+        empty = partial(forget_rows, w.cache, keep_last=False)
+        both("paper", w, lambda: new_decode(w, PAPER), empty)
     kv = KVConfig.preset("paper", dense_layers=(), hot_bytes=0)
     with setting.workload(shape, kv, tokens, 1, share=share) as w:
         calibrate(w, new_decode(w, PAPER))
-        both("paper", w, lambda: new_decode(w, PAPER))
+        both("paper_direct", w, lambda: new_decode(w, PAPER))
     kv = KVConfig(dense_layers=())
     with setting.workload(shape, kv, tokens, 1, share=setting.share) as w:
         calibrate(w, new_decode(w, BALANCED))
@@ -168,13 +177,12 @@ def _top_k(setting: Setting, shape: Shape, tokens: int) -> dict[str, StepTimes]:
         calibrate(w, new_decode(w, BALANCED))
         top_k = _same_rows(w)
 
-        def forget() -> None:
-            for layer in w.cache.layers:
-                assert layer.hot is not None
-                forget_older_rows(layer.hot)
-
         found["topk-previous-set"] = measure_steps(
-            w, machine, new_decode(w, top_k), warm=warm, prepare=forget
+            w,
+            machine,
+            new_decode(w, top_k),
+            warm=warm,
+            prepare=partial(forget_rows, w.cache, keep_last=True),
         )
         found["topk-lru"] = measure_steps(w, machine, new_decode(w, top_k), warm=warm)
     row_bytes = 2 * shape.head_dim * setting.dtype.itemsize

@@ -161,12 +161,18 @@ def lists_of_blocks(kept: Tensor, meta: StepMeta, block: int, out: RowLists) -> 
     return out
 
 
-def forget_older_rows(hot: HotRows) -> None:
-    """Empty every slot that the last step did not use: a cache of the previous step's set."""
+def forget_rows(cache: KVCache, *, keep_last: bool) -> None:
+    """Empty every slot: no cache. keep_last: but for the previous step's set."""
+    for layer in cache.layers:
+        if layer.hot is not None:
+            _forget(layer.hot, keep_last)
+
+
+def _forget(hot: HotRows, keep_last: bool) -> None:
     pages, heads = hot.slot_map.shape[1:].numel(), hot.slot_map.shape[0]
     owner = hot.chunk_owner.repeat_interleave(SLOTS_PER_CHUNK)
     held = hot.slot_key != NO_ROW
-    stale = held & (hot.slot_stamp < hot.step)
+    stale = held & (hot.slot_stamp < hot.step) if keep_last else held
     where = ((owner % heads).long() * pages + hot.slot_key)[stale]
     hot.slot_map.view(-1)[where] = NO_ROW
     hot.slot_key[stale] = NO_ROW

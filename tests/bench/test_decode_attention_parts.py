@@ -26,7 +26,7 @@ from decode_attention.policies import (
     PolicyDecode,
     QuestPages,
     ZeroCopyRows,
-    forget_older_rows,
+    forget_rows,
 )
 from decode_attention.steps import StepRun, rows_of
 from decode_attention.traces import ScaledTrace, Trace, load_trace, nearest_rule, reflected
@@ -214,9 +214,11 @@ def test_the_previous_set_forgets_what_is_older(trace_file: Path, machine: Machi
     assert hot is not None
     last = (hot.slot_stamp == hot.step) & (hot.slot_key != NO_ROW)
     before = int((hot.slot_key != NO_ROW).sum())
-    forget_older_rows(hot)
+    forget_rows(workload.cache, keep_last=True)
     assert torch.equal(hot.slot_key != NO_ROW, last)
     assert int((hot.slot_map != NO_ROW).sum()) == int(last.sum()) < before
+    forget_rows(workload.cache, keep_last=False)
+    assert (hot.slot_key == NO_ROW).all() and (hot.slot_map == NO_ROW).all()
     workload.close()
 
 

@@ -95,12 +95,10 @@ def test_whole_pages_and_nothing(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_runs_on_the_stream_given() -> None:
-    device = torch.device("cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+def test_runs_on_the_current_stream() -> None:
     host_kv = host_rows(2, 30, 64, 128, torch.float32)
-    check_gather(device, host_kv, random_fetch(2, 2, 200, 30 * 64, 3000), 3000, stream=stream)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        check_gather(torch.device("cuda"), host_kv, random_fetch(2, 2, 200, 30 * 64, 3000), 3000)
 
 
 def test_bad_arguments_are_named(device: torch.device) -> None:
