@@ -2,11 +2,9 @@
 // v[t] = min[t] + scale[t] * code[t] for tokens of kGradeIndex and v_mean[page of t] for those of
 // kGradeTail, t over the tokens that row n sees and that are neither sinks nor in the window.
 //
-// One walk over all pages serves both grades, because scores and grades then cross the bus once. A
-// fifth of the tokens are index grade at 128K: their scores, 4 bytes each, lie in 83 % of all
-// 32-byte sectors, and the tail's in all of them. In MB a layer (8 heads, G 4, D 128): a kernel by
-// list reads 14 of scores, 13.5 of codes, 3.5 of scales, 0.8 of list; one by page 17 of scores, 1
-// of grades, 4 of means; together 54. The walk reads 39, and needs no list.
+// One walk over all pages serves both grades, because scores and grades then cross the bus once: at
+// 128K the scores of index tokens, a fifth of all, lie in 83 % of all 32-byte sectors. It reads 39
+// MB a layer (8 heads, G 4, D 128), where a kernel by list and one by page read 54.
 //
 // Persistent blocks share all slices evenly (split_attend.cuh). A slice is up to 64 tokens of a
 // page; a warp takes one at a time. Few warps run, because they leave room for the fetch and the
@@ -65,9 +63,9 @@ struct LowerWorker {
 
   // Shares of work: a slice, and as many index tokens as cost the same.
   __device__ int num_items(int n, int h) const {
-    const int slices = num_slices(params.step, n), *counts = params.index_counts;
-    if (slices == 0 || counts == nullptr) return slices;
-    return slices + counts[n * params.work.num_kv_heads + h] / kItemTokens;
+    const int slices = num_slices(params.step, n);
+    if (slices == 0 || params.index_counts == nullptr) return slices;
+    return slices + params.index_counts[n * params.work.num_kv_heads + h] / kItemTokens;
   }
 
   __device__ void start(const Segment& segment, int first_item, int last_item) {
@@ -80,16 +78,25 @@ struct LowerWorker {
     __syncwarp();
   }
 
-  __device__ void clear(const Segment& segment) {
+  // Asked for ahead of the copies, behind which lse would wait; clear() makes references of it.
+  __device__ void load_lse(const Segment& segment) {
     const float* lse = params.lse + first_query_row(params.work, segment);
-    const auto reference = [&](int head) {
-      const float x = lse[min(head, segment.num_heads - 1)];
-      return x > kNegInf ? x * -kLog2e : 0.f;  // without any mass every weight is 0
+    const int last = segment.num_heads - 1;
+#pragma unroll
+    for (int m = 0; m < kPairs; ++m) tail_reference[m] = lse[min(lane / 16 * kPairs + m, last)];
+#pragma unroll
+    for (int m = 0; m < kFours; ++m) index_reference[m] = lse[min(j + 4 * m, last)];
+  }
+
+  __device__ void clear() {
+    const auto reference = [](float lse) {  // without any mass every weight is 0
+      return lse > kNegInf ? lse * -kLog2e : 0.f;
     };
 #pragma unroll
-    for (int m = 0; m < kPairs; ++m) tail_reference[m] = reference(lane / 16 * kPairs + m);
+    for (float& x : tail_reference) x = reference(x);
 #pragma unroll
-    for (int m = 0; m < kFours; ++m) index_reference[m] = reference(j + 4 * m), index_sum[m] = 0.f;
+    for (int m = 0; m < kFours; ++m)
+      index_reference[m] = reference(index_reference[m]), index_sum[m] = 0;
     tail_sum = low_ends = ones = 0.f;
     take = live = waiting = mean_at = 0;
     products.clear();
@@ -106,6 +113,7 @@ struct LowerWorker {
     // Slices that are yet to be added, the one at hand among them.
     int steps = max(last_item - first_item + kSplitWarps - 1, 0) / kSplitWarps;
     start(segment, first_item, last_item);
+    load_lse(segment);
     if (steps > 0) source.look_up(ring.walk, segment.h, 0);
 #pragma unroll 1
     for (int k = 0; k < min(kAhead, steps); ++k) source.ask_scores(ring.slices[k], k);
@@ -115,7 +123,7 @@ struct LowerWorker {
       commit_copies();
       commit_copies();
     }
-    clear(segment);
+    clear();
     if (steps == 0) return;
     uint32_t slot = 0, mean_slot = kAhead;  // of the slice at hand, of the mean next asked for
     uint32_t next = kAhead;                 // the slice next asked for
@@ -158,15 +166,7 @@ struct LowerWorker {
 
   // The masses of a slice's tail tokens, and a list of its index tokens; returns how many.
   __device__ int add_slice(const Slice<kHeads>& slice) {
-    const uint32_t part = lane % 16 * 4, bounds = slice.bounds;
-    uint32_t four = slice.grades[lane % 16];
-    if (bounds != Slice<kHeads>::kWhole) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const bool counts = part + c >= (bounds & 255) && part + c < bounds >> 8;
-        if (!counts) four |= kGradeDropped << (8 * c);
-      }
-    }
+    const uint32_t part = lane % 16 * 4, four = slice.grades_from(part);
     // Bits 1, 9, 17 and 25 tell.
     if (params.v_mean != nullptr) add_tail(slice, four | four << 1);
     if (params.v_codes == nullptr) return 0;
@@ -365,10 +365,10 @@ struct LowerWorker {
 };
 
 // Up to 96 registers for the usual shape: three blocks leave a multiprocessor 44 % of them.
+constexpr int blocks_an_sm(int size) { return size > 1024 ? 3 : size > 512 ? 4 : 5; }
+
 template <int kD, int kHeads>
-__global__ void __launch_bounds__(kSplitThreads, kD* kHeads > 1024   ? 3
-                                                 : kD * kHeads > 512 ? 4
-                                                                     : 5)
+__global__ void __launch_bounds__(kSplitThreads, blocks_an_sm(kD* kHeads))
     attend_lower_kernel(AttendLowerParams params) {
   extern __shared__ __align__(16) char shared[];
   let_next_start();

@@ -58,6 +58,18 @@ struct alignas(16) Slice {
   uint32_t grades[kSliceTokens / 4];
   uint32_t bounds;  // tokens from .. to - 1 count: from + 256 * to
   uint32_t row;     // of V, that of token 0; 2^32 rows of at least 32 bytes would be 137 GB
+
+  // Of the four tokens from `first`, a multiple of four, on; those that do not count are dropped.
+  __device__ __forceinline__ uint32_t grades_from(uint32_t first) const {
+    uint32_t four = grades[first / 4];
+    if (bounds == kWhole) return four;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const bool counts = first + c >= (bounds & 255) && first + c < bounds >> 8;
+      if (!counts) four |= kGradeDropped << (8 * c);
+    }
+    return four;
+  }
 };
 
 __device__ __forceinline__ int slices_per_page(const StepView& step) {

@@ -47,11 +47,14 @@ class ListWarp {
     scales_ = held(p.k_scale + (kPerToken ? tokens * 2 : int64_t(s.kv_head) * 2 * D));
   }
 
-  // Brings the first pieces under way.
+  // Brings the first piece under way, and fill() the others of the ring.
   __device__ void start() {
     turns_.look_up(0);
+    copy(0);
+  }
+  __device__ void fill() {
 #pragma unroll 1
-    for (int turn = 0; turn < kStages; ++turn) copy(turn);
+    for (int turn = 1; turn < kStages; ++turn) copy(turn);
   }
 
   // q: 16 times the scaled queries, as load_query reads them. state: of heads 2 * (lane % 4) and

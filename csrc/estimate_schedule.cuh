@@ -1,10 +1,12 @@
 // How estimate_scores shares its work: one list of items, an equal run of it for every block.
 //
 // A unit is a query row, a KV head and up to kHeads of its query heads. Its items are chunks of
-// kResidentTokens resident tokens, then pieces of up to kPieceTokens tokens of the pages that hold
-// its list tokens: some 4 KB each, a warp's work. Units follow each other by row, then by head. A
-// segment is a block's part of a unit; blocks meet in the workspace, at slot block + unit, which is
-// another for every segment, since from one segment to the next the block or the unit moves on.
+// kResidentTokens resident tokens, as many items of nothing, since a chunk takes a warp longer than
+// a page, then pieces of up to kPieceTokens tokens of the pages that hold its list tokens: some
+// 4 KB each, a warp's work. Units follow each other by row, then by head. Runs begin at multiples
+// of total / blocks, rounded: where the blocks are a multiple of equal units none has parts of two.
+// A segment is a block's part of a unit; blocks meet in the workspace, at slot block + unit, which
+// is another for every segment, since from one to the next the block or the unit moves on.
 //
 // One warp of a block works it out for all, from one round of loads where a step has up to 32 rows.
 #pragma once
@@ -18,6 +20,7 @@ namespace twilight {
 constexpr int kHeads = 8;            // query heads of a unit: the columns of an m16n8k16 tile
 constexpr int kPieceTokens = 64;     // four runs of int4_token's bounds
 constexpr int kResidentTokens = 16;  // of an item, exact dots
+constexpr int kResidentWeight = 2;   // items that a chunk of them counts for
 
 static_assert(kPieceTokens == 4 * kQuestBlock);
 
@@ -45,25 +48,27 @@ struct Schedule {
   int residents;   // items of resident tokens that every unit begins with
   int pieces;      // of a page
   int total;       // items
-  int each, more;  // items of a block; blocks that have one more, the first ones
+  int each, more;  // of a block: `each` items and more / blocks of another
 
   // Every warp of a block that has work gets some.
   __device__ static Schedule make(const EstimateScoresParams& p, int total, int warps) {
     Schedule made{p.residents, p.pieces, total, p.by_blocks.divide(total)};
-    made.more = total - made.each * int(gridDim.x);
+    made.more = total - made.each * int(p.by_blocks.by);
     if (made.each < warps) made.each = warps, made.more = 0;
     return made;
   }
 
   // Where a block's items begin.
-  __device__ int begin(int block) const { return min(total, block * each + min(block, more)); }
+  __device__ int begin(const EstimateScoresParams& p, int block) const {
+    return min(total, block * each + p.by_blocks.divide(block * more));
+  }
 
-  // The block that an item falls to.
-  __device__ int owner(int item) const {
-    const int longer = more * (each + 1);  // items of the blocks with one more
-    const bool in_longer = item < longer;
-    const unsigned size = in_longer ? each + 1 : each;
-    return (in_longer ? 0 : more) + unsigned(in_longer ? item : item - longer) / size;
+  // The block that an item falls to: a guess, put right.
+  __device__ int owner(const EstimateScoresParams& p, int item) const {
+    int block = int(float(item) / (float(each) + float(more) / float(p.by_blocks.by)));
+    while (begin(p, block) > item) --block;
+    while (begin(p, block + 1) <= item) ++block;
+    return block;
   }
 };
 

@@ -173,7 +173,7 @@ __device__ void finish(const EstimateScoresParams& p, const Schedule& schedule, 
   total.merge_lanes<kHeads>();
   bool last = true;
   if (!s.is_whole_unit()) {
-    const int owner = schedule.owner(lane == 0 ? s.unit_begin : s.unit_end - 1);
+    const int owner = schedule.owner(p, lane == 0 ? s.unit_begin : s.unit_end - 1);
     const int first_block = __shfl_sync(0xffffffffu, owner, 0);
     const int blocks = __shfl_sync(0xffffffffu, owner, 1) + 1 - first_block;
     last = merge_blocks(p, s, first_block, blocks, lane, total);
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads<D>, kBlocksPerSm)
   if (warp == 0) {
     Rows rows;
     const Schedule made = Schedule::make(p, rows.count_items(p), kWarps<D>);
-    rows.find(p, made.begin(blockIdx.x), made.begin(blockIdx.x + 1), s);
+    rows.find(p, made.begin(p, blockIdx.x), made.begin(p, blockIdx.x + 1), s);
     if (lane == 0) schedule = made;
   }
   for (bool waited = !p.early;; waited = true) {
@@ -217,6 +217,7 @@ __global__ void __launch_bounds__(kThreads<D>, kBlocksPerSm)
       wait_for_inputs();
       query.load(p, s);
     }
+    pages.fill();  // behind the queries, which would wait for all pages of the ring
     query.store(p, s, q);
     __syncthreads();
     Softmax state[2];
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kThreads<D>, kBlocksPerSm)
     __syncthreads();
     if (warp == 0) {
       finish<kWarps<D>>(p, schedule, s, parts, lane);
-      Rows().find(p, s.unit_begin + s.end, schedule.begin(blockIdx.x + 1), s);
+      Rows().find(p, s.unit_begin + s.end, schedule.begin(p, blockIdx.x + 1), s);
     }
   }
   wait_for_inputs();  // for blocks without work: the kernel ends no sooner than those before it
@@ -277,7 +278,7 @@ cudaError_t launch_estimate_scores(EstimateScoresParams p, cudaStream_t stream) 
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   p.head_groups = ceil_div(p.group, kHeads);
-  p.residents = max(1, ceil_div(p.num_sink + p.window_rows, kResidentTokens));
+  p.residents = kResidentWeight * max(1, ceil_div(p.num_sink + p.window_rows, kResidentTokens));
   p.pieces = ceil_div(p.page_size, kPieceTokens);
   p.by_page = Divisor::of(p.page_size);
   p.by_window = Divisor::of(max(1, p.window_rows));
