@@ -119,12 +119,11 @@ __device__ void set_targets(const Share& s, const PruneParams& p, Target (&targe
   targets[threadIdx.x] = target;
 }
 
-// The scales of the heads for a mean over `heads`.
-__device__ void set_scales(const Share& s, const PruneParams& p, int heads, HeadScale* scales) {
+// This warp's copy of the heads' scales for a mean over `heads`: no warp waits for another's.
+__device__ void set_scales(const Share& s, const PruneParams& p, int heads, HeadScale* scales,
+                           int lane) {
 #pragma unroll 1
-  for (int h = threadIdx.x; h < p.group; h += blockDim.x) {
-    scales[h] = HeadScale(__ldcg(s.lse + h), heads);
-  }
+  for (int h = lane; h < p.group; h += 32) scales[h] = HeadScale(__ldcg(s.lse + h), heads);
 }
 
 template <bool kPlain, bool kWhole>
@@ -134,9 +133,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   BlockSums* blocks = reinterpret_cast<BlockSums*>(memory + kSharedBytes);
   int* tiles = reinterpret_cast<int*>(memory + kSharedBytes + plan.ranks * kBytesPerRank);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   HeadScale* scales =
-      reinterpret_cast<HeadScale*>(tiles + plan.kept_tiles * (blockDim.x / 32) * kTile);
-  const int lane = threadIdx.x % 32;
+      reinterpret_cast<HeadScale*>(tiles + plan.kept_tiles * (blockDim.x / 32) * kTile) +
+      warp * p.group;
   const Ranks ranks;
   prepare(shared.select);
   if (threadIdx.x == 0) {
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   __syncwarp();
   ranks.arrive();
   let_next_start();
-  ranks.wait();  // all blocks' boxes are open
+  __syncthreads();  // the block's own part of it is prepared
   wait_for_inputs();
   // Whole pages where one exact token makes its page exact.
   const Share s(p, ranks, !kPlain && p.expand_pages ? p.page_size : kTile, tiles, plan);
@@ -159,13 +159,18 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     const Source source(s, p, s.run.token(0), rule);
     Batch<kPlain, kWhole> batch;
     batch.load(s, p, source, s.run.token(0), 0, heads);
-    set_scales(s, p, heads, scales);
-    set_targets(s, p, shared.select.targets);
+    set_targets(s, p, shared.select.targets);  // its loads wait beside the batch's
+    set_scales(s, p, heads, scales, lane);
     if (!kPlain && rule == 0) grade_all(s, p, lane);
-    __syncthreads();
+    if (kPlain) {
+      __syncwarp();
+    } else {
+      __syncthreads();  // the first histograms depend on the targets
+    }
     masses = take_weights(s, p, source, batch, heads, scales + rule, state, shared.select);
     const Masses all = Masses{masses.resident, masses.variance}.over_warp();
-    if (lane == 0) shared.select.warp_masses[threadIdx.x / 32] = all;
+    if (rule == 0) ranks.wait();  // all blocks' boxes are open
+    if (lane == 0) shared.select.warp_masses[warp] = all;
     select<kPlain>(s.run, state, ranks, shared.select);
     if (!kPlain) mark(s, shared.select.targets, lane, ranks, shared.ties, tie_rounds);
     if (!kPlain) __syncthreads();  // before the targets are set anew
@@ -216,8 +221,8 @@ struct AtOnce {
 };
 
 // Shared memory of a block but for the tiles.
-int fixed_bytes(const PruneParams& p, int ranks) {
-  return kSharedBytes + ranks * kBytesPerRank + p.group * int(sizeof(HeadScale));
+int fixed_bytes(const PruneParams& p, int ranks, int threads) {
+  return kSharedBytes + ranks * kBytesPerRank + threads / 32 * p.group * int(sizeof(HeadScale));
 }
 
 int64_t bytes_of_tiles(int tiles, int threads) {
@@ -239,7 +244,7 @@ Plan plan_launch(const PruneParams& p, const AtOnce* at_once, int most_bytes) {
   Plan plan{1, kThreads, 0, 0, -1};
   const auto fits_half = [&] {
     const int tiles = tiles_of_run(p, plan.ranks, kThreads);
-    return fixed_bytes(p, plan.ranks) + bytes_of_tiles(tiles, kThreads) <= half;
+    return fixed_bytes(p, plan.ranks, kThreads) + bytes_of_tiles(tiles, kThreads) <= half;
   };
   const int single_wave = at_once == nullptr ? 0 : ranks_at_once(p, *at_once);
   if (single_wave > 0) {
@@ -251,7 +256,7 @@ Plan plan_launch(const PruneParams& p, const AtOnce* at_once, int most_bytes) {
       plan.ranks *= 2;
     }
   }
-  const int fixed = fixed_bytes(p, plan.ranks);
+  const int fixed = fixed_bytes(p, plan.ranks, plan.threads);
   plan.kept_tiles = min(tiles_of_run(p, plan.ranks, plan.threads),
                         int((most_bytes - fixed) / bytes_of_tiles(1, plan.threads)));
   plan.bytes = fixed + int(bytes_of_tiles(plan.kept_tiles, plan.threads));
