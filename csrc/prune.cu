@@ -9,8 +9,9 @@
 // chosen. With `errors` the exact mass aimed at is top_p plus `margin` standard errors of a set's
 // mass, sqrt(p * (1 - p) * sum of the weights' variances).
 //
-// The plain case is one rule, top_p and all tokens candidates: a token's grade follows from its
-// weight alone. Otherwise grades pass through memory, raised rule by rule.
+// The plain case is one rule, top_p and all tokens candidates but those whose score is -inf: a
+// token's grade follows from its weight alone. Otherwise grades pass through memory, raised rule by
+// rule.
 //
 // Bytes moved a visible token and KV head: 4 * G of scores, 1 of grades, 4 where exact. Source:
 // Twilight (arXiv 2502.02770), Algorithm 1, its bisection replaced by a radix select (RadiK,
@@ -290,7 +291,7 @@ cudaError_t launch_prune(const PruneParams& p, cudaStream_t stream) {
       p.capacity % 4 == 0 && reinterpret_cast<uintptr_t>(p.scores) % (4 * sizeof(float)) == 0;
   const bool one_error = p.errors == nullptr || p.page_size % 4 == 0;  // for a lane's four tokens
   const bool plain = vectors && one_error && (!p.unite || p.group == 1) && p.top_k == nullptr &&
-                     p.candidates == nullptr && !p.expand_pages;
+                     (p.candidates == nullptr || p.dropped) && !p.expand_pages;
   if (!plain) return launch<false, false>(p, stream);
   return p.group % kHeads == 0 ? launch<true, true>(p, stream) : launch<true, false>(p, stream);
 }

@@ -216,6 +216,15 @@ struct TokenSums {
 #pragma unroll
     for (float& w : weights) w = __saturatef(w);  // NaN counts as nothing
   }
+
+  // Those whose score is -inf, in any one head, are no candidates.
+  __device__ __forceinline__ void leave_out_dropped(const float4& score) {
+    const float x[4] = {score.x, score.y, score.z, score.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (x[i] == -INFINITY) weights[i] = __int_as_float(kNotCandidate);
+    }
+  }
 };
 
 // What a lane's tokens add up to; see Masses.
@@ -228,8 +237,8 @@ struct LaneMasses {
   }
 };
 
-// Keeps the candidates' weights of a tile of list tokens of this warp, adds them to the first
-// histogram.
+// Keeps the weights of a tile of list tokens of this warp, all candidates, and adds them to the
+// first histogram.
 __device__ __forceinline__ void keep_listed(const Share& s, int tile, const TokenSums& sums,
                                             const Rounding& rounding, unsigned part,
                                             LaneMasses& masses) {
@@ -256,7 +265,7 @@ __device__ __forceinline__ void keep_any(const Share& s, const PruneParams& p, i
   for (int i = 0; i < 4; ++i) {
     const int t = s.run.token(tile) + i, bits = __float_as_int(sums.weights[i]);
     kept[i] = kNotCandidate;
-    if (!s.run.holds(t)) continue;
+    if (!s.run.holds(t) || (kPlain && bits < 0)) continue;
     if (!s.lists(t)) {
       masses.resident += sums.weights[i];
       continue;
@@ -299,9 +308,10 @@ __device__ __forceinline__ LaneMasses take_weights(const Share& s, const PrunePa
       if (skip >= heads) break;
       batch.load(s, p, source, t, skip, heads);
     }
+    if (kPlain && p.dropped) sums.leave_out_dropped(batch.scores[kWhole ? kHeads - 1 : 0]);
     t += kTile, source.scores += kTile;
     batch.load(s, p, source, t, 0, heads);  // on their way while these are kept
-    if (kPlain && s.lists_tile(tile)) {
+    if (kPlain && !p.dropped && s.lists_tile(tile)) {
       keep_listed(s, tile, sums, rounding, part, masses);
     } else {
       keep_any<kPlain>(s, p, tile, sums, rounding, part, by_target, masses);
