@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   // Whole pages where one exact token makes its page exact.
   const Share s(p, ranks, !kPlain && p.expand_pages ? p.page_size : kTile, tiles, plan);
   SelectState state{bits_to_drop(s.tokens), 0, blocks};
-  LaneMasses masses;
+  Masses masses;
   int tie_rounds = 0;
   for (int rule = 0; rule < (!kPlain && p.unite ? p.group : 1); ++rule) {
     const int heads = !kPlain && p.unite ? 1 : p.group;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       __syncthreads();  // the first histograms depend on the targets
     }
     masses = take_weights(s, p, source, batch, heads, scales + rule, state, shared.select);
-    const Masses all = Masses{masses.resident, masses.variance}.over_warp();
+    const Masses all = masses.over_warp();
     if (rule == 0) ranks.wait();  // all blocks' boxes are open
     if (lane == 0) shared.select.warp_masses[warp] = all;
     select<kPlain>(s.run, state, ranks, shared.select);

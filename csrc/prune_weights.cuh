@@ -227,21 +227,11 @@ struct TokenSums {
   }
 };
 
-// What a lane's tokens add up to; see Masses.
-struct LaneMasses {
-  float resident = 0.0f;
-  float variance = 0.0f;
-
-  __device__ __forceinline__ void add_error(float square) {
-    if (square > 0.0f) variance += square;
-  }
-};
-
 // Keeps the weights of a tile of list tokens of this warp, all candidates, and adds them to the
 // first histogram.
 __device__ __forceinline__ void keep_listed(const Share& s, int tile, const TokenSums& sums,
                                             const Rounding& rounding, unsigned part,
-                                            LaneMasses& masses) {
+                                            Masses& masses) {
   const float (&e)[4] = sums.errors;
   if (s.errors != nullptr) masses.add_error(e[0] * e[0] + e[1] * e[1] + e[2] * e[2] + e[3] * e[3]);
   int bits[4];
@@ -259,7 +249,7 @@ template <bool kPlain>
 __device__ __forceinline__ void keep_any(const Share& s, const PruneParams& p, int tile,
                                          const TokenSums& sums, const Rounding& rounding,
                                          unsigned part, const Adder<kPlain>* adder,
-                                         LaneMasses& masses) {
+                                         Masses& masses) {
   int kept[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -286,11 +276,11 @@ __device__ __forceinline__ void keep_any(const Share& s, const PruneParams& p, i
 // the run and in the first histogram. `batch` holds the first tile's first heads, from `source`;
 // scales: theirs, in shared memory.
 template <bool kPlain, bool kWhole>
-__device__ __forceinline__ LaneMasses take_weights(const Share& s, const PruneParams& p,
-                                                   Source source, Batch<kPlain, kWhole>& batch,
-                                                   int heads, const HeadScale* scales,
-                                                   const SelectState& state, SelectShared& shared) {
-  LaneMasses masses;
+__device__ __forceinline__ Masses take_weights(const Share& s, const PruneParams& p, Source source,
+                                               Batch<kPlain, kWhole>& batch, int heads,
+                                               const HeadScale* scales, const SelectState& state,
+                                               SelectShared& shared) {
+  Masses masses;
   const uint4* histogram = shared.histograms[state.num_passes & 1];
   const unsigned part = part_of(histogram, kParts), first_scale = hold(shared_address(scales));
   const Rounding rounding(state.drop);
