@@ -121,10 +121,13 @@ __device__ void set_targets(const Share& s, const PruneParams& p, Target (&targe
 }
 
 // This warp's copy of the heads' scales for a mean over `heads`: no warp waits for another's.
+// first_lse: of head number `lane`, loaded early.
 __device__ void set_scales(const Share& s, const PruneParams& p, int heads, HeadScale* scales,
-                           int lane) {
+                           float first_lse, int lane) {
 #pragma unroll 1
-  for (int h = lane; h < p.group; h += 32) scales[h] = HeadScale(__ldcg(s.lse + h), heads);
+  for (int h = lane; h < p.group; h += 32) {
+    scales[h] = HeadScale(h == lane ? first_lse : __ldcg(s.lse + h), heads);
+  }
 }
 
 template <bool kPlain, bool kWhole>
@@ -149,9 +152,11 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   ranks.arrive();
   let_next_start();
   __syncthreads();  // the block's own part of it is prepared
+  Share s(p, plan);
   wait_for_inputs();
+  const float first_lse = lane < p.group ? __ldcg(s.lse + lane) : 0.0f;
   // Whole pages where one exact token makes its page exact.
-  const Share s(p, ranks, !kPlain && p.expand_pages ? p.page_size : kTile, tiles, plan);
+  s.find_run(p, ranks, !kPlain && p.expand_pages ? p.page_size : kTile, tiles, plan);
   SelectState state{bits_to_drop(s.tokens), 0, blocks};
   Masses masses;
   int tie_rounds = 0;
@@ -160,8 +165,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     const Source source(s, p, s.run.token(0), rule);
     Batch<kPlain, kWhole> batch;
     batch.load(s, p, source, s.run.token(0), 0, heads);
-    set_targets(s, p, shared.select.targets);  // its loads wait beside the batch's
-    set_scales(s, p, heads, scales, lane);
+    set_scales(s, p, heads, scales, first_lse, lane);
+    set_targets(s, p, shared.select.targets);
+    if (rule == 0) s.find_whole_tiles();
     if (!kPlain && rule == 0) grade_all(s, p, lane);
     if (kPlain) {
       __syncwarp();
@@ -242,7 +248,7 @@ Plan plan_launch(const PruneParams& p, const AtOnce* at_once, int most_bytes) {
   const int half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
                    attribute(cudaDevAttrReservedSharedMemoryPerBlock);
   const int rows = p.num_rows * p.num_kv_heads;
-  Plan plan{1, kThreads, 0, 0, -1};
+  Plan plan{1, 0, kThreads, 0, 0, -1};
   const auto fits_half = [&] {
     const int tiles = tiles_of_run(p, plan.ranks, kThreads);
     return fixed_bytes(p, plan.ranks, kThreads) + bytes_of_tiles(tiles, kThreads) <= half;
@@ -257,6 +263,7 @@ Plan plan_launch(const PruneParams& p, const AtOnce* at_once, int most_bytes) {
       plan.ranks *= 2;
     }
   }
+  plan.inverse = unsigned((uint64_t{1} << 32) / plan.ranks + 1);
   const int fixed = fixed_bytes(p, plan.ranks, plan.threads);
   plan.kept_tiles = min(tiles_of_run(p, plan.ranks, plan.threads),
                         int((most_bytes - fixed) / bytes_of_tiles(1, plan.threads)));

@@ -12,11 +12,12 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 // How a launch is laid out.
 struct Plan {
-  int ranks;       // blocks of a cluster, which owns a query row and KV head
-  int threads;     // of a block
-  int kept_tiles;  // that a warp keeps in shared memory
-  int bytes;       // of shared memory, a block
-  int page_shift;  // log2 of the page size; -1 where it is no power of two
+  int ranks;         // blocks of a cluster, which owns a query row and KV head
+  unsigned inverse;  // the whole number above 2^32 / ranks; not of one rank
+  int threads;       // of a block
+  int kept_tiles;    // that a warp keeps in shared memory
+  int bytes;         // of shared memory, a block
+  int page_shift;    // log2 of the page size; -1 where it is no power of two
 };
 
 // This block's and warp's share of a query row and KV head.
@@ -35,22 +36,29 @@ struct Share {
   const float* errors;  // null without a margin
   uint8_t* grades;
 
-  // unit: tokens that are dealt out to a warp together.
-  __device__ __forceinline__ Share(const PruneParams& p, const Ranks& ranks, unsigned unit,
-                                   int* tiles, const Plan& plan) {
+  // What needs no memory, before the inputs are there.
+  __device__ __forceinline__ Share(const PruneParams& p, const Plan& plan) {
     const int n = blockIdx.z;  // blockIdx.x is the block's rank
-    seq = p.query_seq[n];
-    start = p.ctx_starts[n];
-    stop = max(start, p.positions[n] + 1);
     row = int64_t(n) * p.num_kv_heads + blockIdx.y;
     scores = p.scores + row * p.group * p.capacity;
     lse = p.lse + row * p.group;
     errors = p.errors == nullptr ? nullptr : p.errors + row * p.group * p.num_pages;
     grades = p.grades + row * p.grades_capacity;
     page_shift = plan.page_shift;
-    deal(p, ranks, unit, tiles, plan.kept_tiles);
-    first = min(max(start, p.num_sink), stop);
+  }
+  // The visible tokens, and this warp's. unit: tokens that are dealt out to a warp together.
+  __device__ __forceinline__ void find_run(const PruneParams& p, const Ranks& ranks, unsigned unit,
+                                           int* tiles, const Plan& plan) {
+    const int n = blockIdx.z;
+    seq = p.query_seq[n];
+    start = p.ctx_starts[n];
+    stop = max(start, p.positions[n] + 1);
     window = p.window_starts[seq];
+    first = min(max(start, p.num_sink), stop);
+    deal(p, ranks, unit, tiles, plan);
+  }
+  // The first to look at the window's start, whose load takes a second turn.
+  __device__ __forceinline__ void find_whole_tiles() {
     whole_begin = (max(run.begin, first) - run.origin + kTile - 1) / kTile;
     whole_end = (min(run.end, list_end()) - run.origin) / kTile;
   }
@@ -65,11 +73,13 @@ struct Share {
  private:
   // Deals the row's tokens out to the cluster's warps.
   __device__ __forceinline__ void deal(const PruneParams& p, const Ranks& ranks, unsigned unit,
-                                       int* tiles, int kept_tiles) {
+                                       int* tiles, const Plan& plan) {
     const unsigned from = start / unit;
     const unsigned units = (stop + unit - 1) / unit - from;
     const unsigned count = ranks.count(), rank = ranks.rank();
-    const unsigned each = units / count, more = units - each * count;  // by block
+    // By block; exact below 2^28 units.
+    const unsigned each = count == 1 ? units : __umulhi(units, plan.inverse);
+    const unsigned more = units - each * count;
     const unsigned in_block = threadIdx.x / 32, block_warps = blockDim.x / 32;
     const unsigned log_warps = __ffs(block_warps) - 1, block_units = each + (rank < more);
     const unsigned block_from = from + rank * each + min(rank, more);
@@ -82,10 +92,10 @@ struct Share {
     const int most =
         ((each + (more > 0) + block_warps - 1) >> log_warps) * unit;  // tokens of a warp
     tokens = min(stop - start, int(block_warps) * (most / 2 + 4));
-    run.kept_tiles = kept_tiles;
-    run.kept = hold(shared_address(tiles + in_block * kept_tiles * kTile));
+    run.kept_tiles = plan.kept_tiles;
+    run.kept = hold(shared_address(tiles + in_block * plan.kept_tiles * kTile));
     // Rounded up to tiles the rest of a row still fits its C floats, for what is kept is more.
-    const int rest = max(0, (most + 3 + kTile - 1) / kTile - kept_tiles) * kTile;
+    const int rest = max(0, (most + 3 + kTile - 1) / kTile - plan.kept_tiles) * kTile;
     run.rest = reinterpret_cast<int*>(p.weights) + (row * p.capacity + 3) / 4 * 4 +
                int64_t(rank * block_warps + in_block) * rest;
   }
