@@ -109,7 +109,7 @@ void bind_pruning(py::module_& m) {
          uint64_t exact_counts, uint64_t index_counts, uint64_t grades, uint64_t mass, int num_rows,
          int num_kv_heads, int group, int page_size, int num_sink, int max_len, int capacity,
          int exact_capacity, int grades_capacity, int block, int num_blocks, bool unite,
-         bool expand_pages, int num_pages, float margin, uint64_t stream) {
+         bool dropped, bool expand_pages, int num_pages, float margin, uint64_t stream) {
         twilight::PruneParams p{};
         p.scores = as<float>(scores);
         p.lse = as<float>(lse);
@@ -142,6 +142,7 @@ void bind_pruning(py::module_& m) {
         p.num_pages = num_pages;
         p.margin = margin;
         p.unite = unite;
+        p.dropped = dropped;
         p.expand_pages = expand_pages;
         check(twilight::launch_prune(p, as_stream(stream)), "prune");
       },
@@ -152,8 +153,8 @@ void bind_pruning(py::module_& m) {
       py::arg("mass"), py::arg("num_rows"), py::arg("num_kv_heads"), py::arg("group"),
       py::arg("page_size"), py::arg("num_sink"), py::arg("max_len"), py::arg("capacity"),
       py::arg("exact_capacity"), py::arg("grades_capacity"), py::arg("block"),
-      py::arg("num_blocks"), py::arg("unite"), py::arg("expand_pages"), py::arg("num_pages"),
-      py::arg("margin"), py::arg("stream"));
+      py::arg("num_blocks"), py::arg("unite"), py::arg("dropped"), py::arg("expand_pages"),
+      py::arg("num_pages"), py::arg("margin"), py::arg("stream"));
 }
 
 }  // namespace twilight::bindings

@@ -43,14 +43,15 @@ struct Mailbox {
         : "memory");
 #endif
   }
-  // Until all that exchange number `round` brings is there.
+  // Until all that exchange number `round` brings is there. It is in shared memory: a wait of the
+  // cluster's scope would drop the L1 cache as well.
   __device__ void wait(unsigned round) {
 #if __CUDA_ARCH__ >= 900
     unsigned done = 0;
     while (!done) {
       asm volatile(
           "{\n\t.reg .pred p;\n\t"
-          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+          "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n\t"
           "selp.u32 %0, 1, 0, p;\n\t}"
           : "=r"(done)
           : "r"(shared_address(&barrier)), "r"(round & 1)

@@ -23,22 +23,33 @@ namespace twilight {
 
 constexpr int kMostWarps = 32;        // of a block
 constexpr int kMostRanks = 16;        // blocks of a cluster, where a few clusters are all there are
-constexpr double kMostMass = 0.9999;  // the most that a margin raises a mass to
+constexpr float kMostMass = 0.9999f;  // the most that a margin raises a mass to
 
-// What tokens add up to beside their weights' histogram.
-struct Masses {
-  double resident;  // of resident tokens
-  double variance;  // of the list tokens' weights, by their standard errors
+// What tokens add up to beside their weights' histogram. Floats, added in an order that does not
+// change: what they are rounded by is far below a mass target's steps.
+struct alignas(uint64_t) Masses {
+  float resident = 0.0f;  // of resident tokens
+  float variance = 0.0f;  // of the list tokens' weights, by their standard errors
 
-  // Summed over a warp's lanes.
+  __device__ __forceinline__ void add_error(float square) {
+    if (square > 0.0f) variance += square;
+  }
+  __device__ void add(const Masses& other) {
+    resident += other.resident;
+    variance += other.variance;
+  }
+  // Summed over a warp's lanes; the same in all of them.
   __device__ Masses over_warp() const {
     Masses all = *this;
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) {
-      all.resident += __shfl_xor_sync(kAllLanes, all.resident, mask);
-      all.variance += __shfl_xor_sync(kAllLanes, all.variance, mask);
+      all.add({__shfl_xor_sync(kAllLanes, all.resident, mask),
+               __shfl_xor_sync(kAllLanes, all.variance, mask)});
     }
     return all;
+  }
+  __device__ uint64_t word() const {
+    return uint64_t(__float_as_uint(variance)) << 32 | __float_as_uint(resident);
   }
 };
 
@@ -154,23 +165,26 @@ __device__ inline void settle(Target& target, int pass, bool by_count, const Cro
   }
 }
 
-// A mass with its margin: half the weights lie on either side of a set's edge at worst, so an error
-// of the weights moves a set of mass p by sqrt(p * (1 - p)) of it.
-__device__ inline double with_margin(double p, double variance) {
-  return fmax(p, fmin(kMostMass, p + sqrtf(float(p * (1.0 - p) * variance))));
+// A mass raised by standard errors whose squares' sum is `variance`: half the weights lie on either
+// side of a set's edge at worst, so an error of the weights moves a set of mass p by
+// sqrt(p * (1 - p)) of it.
+__device__ inline float with_margin(float p, float variance) {
+  float raise;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(raise) : "f"(p * (1.0f - p) * variance));
+  return fmaxf(p, fminf(kMostMass, p + raise));
 }
 
 // What a mass target wants beyond the resident tokens, or that it wants nothing.
 __device__ inline void want_mass(Target& target, const Masses& masses) {
-  double mass = target.top;
+  float mass = target.top;
   if (target.margin > 0.f) {
-    mass = with_margin(mass, double(target.margin) * target.margin * masses.variance);
+    mass = with_margin(mass, target.margin * target.margin * masses.variance);
   }
-  const double missing = mass - masses.resident;
+  const float missing = mass - masses.resident;
   if (missing <= 0) {
     target.least = kNothing, target.open = false;
   } else {
-    target.want = uint64_t(ceil(missing * double(uint64_t(1) << kMassBits)));
+    target.want = __float2ull_ru(missing * float(uint64_t(1) << kMassBits));
   }
 }
 
@@ -191,30 +205,31 @@ __device__ __forceinline__ uint64_t sum_words(const uint64_t* slots, const Ranks
   return sum;
 }
 
-// Run by one warp: a group's sum over the cluster, of which `mine` is this block's, and where asked
-// for the masses.
+// Run by one warp: a group's sum over the cluster, of which `mine` is this block's. of_warps: the
+// block's masses, by warp, whose sum over the cluster `masses` gets; null: not wanted.
 __device__ __forceinline__ uint64_t exchange_coarse(Exchanges& own, BlockSums* blocks,
-                                                    uint64_t mine, bool with_masses, Masses& masses,
-                                                    const Ranks& ranks) {
+                                                    uint64_t mine, const Masses* of_warps,
+                                                    Masses& masses, const Ranks& ranks) {
   const int count = ranks.count(), lane = threadIdx.x % 32;
-  if (count == 1) return mine;
-  if (lane == 0) own.coarse.expect(count * (32 * 8 + (with_masses ? sizeof(Masses) : 0)));
-  send_words(own.coarse, blocks->coarse, mine, ranks);
-  if (with_masses && lane < count) {
-    Masses& to = blocks[ranks.rank()].masses;
-    own.coarse.send(reinterpret_cast<uint64_t*>(&to.resident), lane,
-                    __double_as_longlong(masses.resident));
-    own.coarse.send(reinterpret_cast<uint64_t*>(&to.variance), lane,
-                    __double_as_longlong(masses.variance));
+  const bool alone = count == 1;
+  if (!alone) {
+    if (lane == 0) own.coarse.expect(count * (32 * 8 + (of_warps ? sizeof(Masses) : 0)));
+    send_words(own.coarse, blocks->coarse, mine, ranks);
   }
+  if (of_warps != nullptr) {  // added up while the groups' sums are on their way
+    if (lane < blockDim.x / 32) masses = of_warps[lane];
+    masses = masses.over_warp();
+    if (!alone && lane < count) {
+      Masses& to = blocks[ranks.rank()].masses;
+      own.coarse.send(reinterpret_cast<uint64_t*>(&to), lane, masses.word());
+    }
+  }
+  if (alone) return mine;
   own.coarse.wait(own.round);
-  if (with_masses) {
+  if (of_warps != nullptr) {
     masses = Masses{};
 #pragma unroll 4
-    for (int r = 0; r < count; ++r) {
-      masses.resident += blocks[r].masses.resident;
-      masses.variance += blocks[r].masses.variance;
-    }
+    for (int r = 0; r < count; ++r) masses.add(blocks[r].masses);
   }
   return sum_words(blocks->coarse, ranks);
 }
@@ -239,13 +254,10 @@ __device__ __forceinline__ void narrow(Target& target, SelectShared& shared,
   BlockSums* blocks = state.blocks + i * ranks.count();
   const int from_top = 31 - threadIdx.x % 32;
   const bool by_count = !kPlain && target.by_count;
-  Masses masses{};
-  if (pass == 0) {
-    if (threadIdx.x % 32 < blockDim.x / 32) masses = shared.warp_masses[threadIdx.x % 32];
-    masses = masses.over_warp();
-  }
+  Masses masses;
   const uint64_t in_group =
-      exchange_coarse(own, blocks, shared.coarse[one ? 0 : i][from_top], pass == 0, masses, ranks);
+      exchange_coarse(own, blocks, shared.coarse[one ? 0 : i][from_top],
+                      pass == 0 ? shared.warp_masses : nullptr, masses, ranks);
   if (pass == 0 && !by_count) want_mass(target, masses);
   const Crossing group = find_crossing(in_group, target.want);
   const int bin = 32 * max(group.at, 0) + from_top;

@@ -9,8 +9,9 @@
 // chosen. With `errors` the exact mass aimed at is top_p plus `margin` standard errors of a set's
 // mass, sqrt(p * (1 - p) * sum of the weights' variances).
 //
-// The plain case is one rule, top_p and all tokens candidates: a token's grade follows from its
-// weight alone. Otherwise grades pass through memory, raised rule by rule.
+// The plain case is one rule, top_p and all tokens candidates but those whose score is -inf: a
+// token's grade follows from its weight alone. Otherwise grades pass through memory, raised rule by
+// rule.
 //
 // Bytes moved a visible token and KV head: 4 * G of scores, 1 of grades, 4 where exact. Source:
 // Twilight (arXiv 2502.02770), Algorithm 1, its bisection replaced by a radix select (RadiK,
@@ -119,11 +120,13 @@ __device__ void set_targets(const Share& s, const PruneParams& p, Target (&targe
   targets[threadIdx.x] = target;
 }
 
-// The scales of the heads for a mean over `heads`.
-__device__ void set_scales(const Share& s, const PruneParams& p, int heads, HeadScale* scales) {
+// This warp's copy of the heads' scales for a mean over `heads`: no warp waits for another's.
+// first_lse: of head number `lane`, loaded early.
+__device__ void set_scales(const Share& s, const PruneParams& p, int heads, HeadScale* scales,
+                           float first_lse, int lane) {
 #pragma unroll 1
-  for (int h = threadIdx.x; h < p.group; h += blockDim.x) {
-    scales[h] = HeadScale(__ldcg(s.lse + h), heads);
+  for (int h = lane; h < p.group; h += 32) {
+    scales[h] = HeadScale(h == lane ? first_lse : __ldcg(s.lse + h), heads);
   }
 }
 
@@ -134,9 +137,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   BlockSums* blocks = reinterpret_cast<BlockSums*>(memory + kSharedBytes);
   int* tiles = reinterpret_cast<int*>(memory + kSharedBytes + plan.ranks * kBytesPerRank);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   HeadScale* scales =
-      reinterpret_cast<HeadScale*>(tiles + plan.kept_tiles * (blockDim.x / 32) * kTile);
-  const int lane = threadIdx.x % 32;
+      reinterpret_cast<HeadScale*>(tiles + plan.kept_tiles * (blockDim.x / 32) * kTile) +
+      warp * p.group;
   const Ranks ranks;
   prepare(shared.select);
   if (threadIdx.x == 0) {
@@ -147,25 +151,33 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   __syncwarp();
   ranks.arrive();
   let_next_start();
-  ranks.wait();  // all blocks' boxes are open
+  __syncthreads();  // the block's own part of it is prepared
+  Share s(p, plan);
   wait_for_inputs();
+  const float first_lse = lane < p.group ? __ldcg(s.lse + lane) : 0.0f;
   // Whole pages where one exact token makes its page exact.
-  const Share s(p, ranks, !kPlain && p.expand_pages ? p.page_size : kTile, tiles, plan);
+  s.find_run(p, ranks, !kPlain && p.expand_pages ? p.page_size : kTile, tiles, plan);
   SelectState state{bits_to_drop(s.tokens), 0, blocks};
-  LaneMasses masses;
+  Masses masses;
   int tie_rounds = 0;
   for (int rule = 0; rule < (!kPlain && p.unite ? p.group : 1); ++rule) {
     const int heads = !kPlain && p.unite ? 1 : p.group;
     const Source source(s, p, s.run.token(0), rule);
     Batch<kPlain, kWhole> batch;
     batch.load(s, p, source, s.run.token(0), 0, heads);
-    set_scales(s, p, heads, scales);
+    set_scales(s, p, heads, scales, first_lse, lane);
     set_targets(s, p, shared.select.targets);
+    if (rule == 0) s.find_whole_tiles();
     if (!kPlain && rule == 0) grade_all(s, p, lane);
-    __syncthreads();
+    if (kPlain) {
+      __syncwarp();
+    } else {
+      __syncthreads();  // the first histograms depend on the targets
+    }
     masses = take_weights(s, p, source, batch, heads, scales + rule, state, shared.select);
-    const Masses all = Masses{masses.resident, masses.variance}.over_warp();
-    if (lane == 0) shared.select.warp_masses[threadIdx.x / 32] = all;
+    const Masses all = masses.over_warp();
+    if (rule == 0) ranks.wait();  // all blocks' boxes are open
+    if (lane == 0) shared.select.warp_masses[warp] = all;
     select<kPlain>(s.run, state, ranks, shared.select);
     if (!kPlain) mark(s, shared.select.targets, lane, ranks, shared.ties, tie_rounds);
     if (!kPlain) __syncthreads();  // before the targets are set anew
@@ -216,8 +228,8 @@ struct AtOnce {
 };
 
 // Shared memory of a block but for the tiles.
-int fixed_bytes(const PruneParams& p, int ranks) {
-  return kSharedBytes + ranks * kBytesPerRank + p.group * int(sizeof(HeadScale));
+int fixed_bytes(const PruneParams& p, int ranks, int threads) {
+  return kSharedBytes + ranks * kBytesPerRank + threads / 32 * p.group * int(sizeof(HeadScale));
 }
 
 int64_t bytes_of_tiles(int tiles, int threads) {
@@ -236,10 +248,10 @@ Plan plan_launch(const PruneParams& p, const AtOnce* at_once, int most_bytes) {
   const int half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
                    attribute(cudaDevAttrReservedSharedMemoryPerBlock);
   const int rows = p.num_rows * p.num_kv_heads;
-  Plan plan{1, kThreads, 0, 0, -1};
+  Plan plan{1, 0, kThreads, 0, 0, -1};
   const auto fits_half = [&] {
     const int tiles = tiles_of_run(p, plan.ranks, kThreads);
-    return fixed_bytes(p, plan.ranks) + bytes_of_tiles(tiles, kThreads) <= half;
+    return fixed_bytes(p, plan.ranks, kThreads) + bytes_of_tiles(tiles, kThreads) <= half;
   };
   const int single_wave = at_once == nullptr ? 0 : ranks_at_once(p, *at_once);
   if (single_wave > 0) {
@@ -251,7 +263,8 @@ Plan plan_launch(const PruneParams& p, const AtOnce* at_once, int most_bytes) {
       plan.ranks *= 2;
     }
   }
-  const int fixed = fixed_bytes(p, plan.ranks);
+  plan.inverse = unsigned((uint64_t{1} << 32) / plan.ranks + 1);
+  const int fixed = fixed_bytes(p, plan.ranks, plan.threads);
   plan.kept_tiles = min(tiles_of_run(p, plan.ranks, plan.threads),
                         int((most_bytes - fixed) / bytes_of_tiles(1, plan.threads)));
   plan.bytes = fixed + int(bytes_of_tiles(plan.kept_tiles, plan.threads));
@@ -285,7 +298,7 @@ cudaError_t launch_prune(const PruneParams& p, cudaStream_t stream) {
       p.capacity % 4 == 0 && reinterpret_cast<uintptr_t>(p.scores) % (4 * sizeof(float)) == 0;
   const bool one_error = p.errors == nullptr || p.page_size % 4 == 0;  // for a lane's four tokens
   const bool plain = vectors && one_error && (!p.unite || p.group == 1) && p.top_k == nullptr &&
-                     p.candidates == nullptr && !p.expand_pages;
+                     (p.candidates == nullptr || p.dropped) && !p.expand_pages;
   if (!plain) return launch<false, false>(p, stream);
   return p.group % kHeads == 0 ? launch<true, true>(p, stream) : launch<true, false>(p, stream);
 }

@@ -19,6 +19,7 @@ struct PruneParams {
   int block;          // tokens of a candidate block, which restarts at each page
   int num_blocks;     // NB of candidates
   bool unite;         // group rule: a set a query head, united; else one set of the mean
+  bool dropped;       // list tokens outside the candidates, and no others, score -inf in all heads
   bool expand_pages;  // list tokens of a page that holds an exact one become exact
   int num_pages;      // P of errors
   float margin;       // standard errors that the exact mass is raised by

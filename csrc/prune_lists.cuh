@@ -80,6 +80,8 @@ __device__ __forceinline__ unsigned sign_bytes(int a, int b, int c, int d) {
   return all;
 }
 
+constexpr unsigned kOnes = 0x01010101u;
+
 // What becomes of a lane's four tokens of a tile, a byte each. Only the lowest bit of `exact` and
 // `index` counts.
 struct Marks {
@@ -87,21 +89,31 @@ struct Marks {
   unsigned grades = 0;
 
   Marks() = default;
-  // By their weights; those of no candidate are resident.
-  __device__ __forceinline__ Marks(const int4& bits, const int (&least)[2], bool all_listed) {
-    constexpr unsigned kOnes = 0x01010101u;
+  // By their weights; outside: the grades of those of no candidate.
+  __device__ __forceinline__ Marks(const int4& bits, const int (&least)[2], unsigned outside) {
     const int a = least[kExactTarget], b = least[kIndexTarget];
     const unsigned below_exact = sign_bytes(bits.x - a, bits.y - a, bits.z - a, bits.w - a);
     const unsigned below_index = sign_bytes(bits.x - b, bits.y - b, bits.z - b, bits.w - b);
     exact = ~below_exact & kOnes;
     index = below_exact & ~below_index & kOnes;
     grades = (~below_exact & kGradeExact * kOnes) | (index & kGradeIndex * kOnes);
-    if (!all_listed) {
-      grades |= sign_bytes(bits.x, bits.y, bits.z, bits.w) & kGradeExact * kOnes;
-    }
+    if (outside != 0) grades |= sign_bytes(bits.x, bits.y, bits.z, bits.w) & outside;
   }
 };
 static_assert(kGradeTail == 0 && kGradeIndex == 1, "Marks adds grades up");
+
+// In the plain case, the grades that a lane's four tokens of a tile have where they are no
+// candidates: a list token is dropped, a resident one exact. 0: they all are candidates.
+__device__ __forceinline__ unsigned grades_outside(const Share& s, const PruneParams& p, int t,
+                                                   bool whole) {
+  if (whole) return p.dropped ? kGradeDropped * kOnes : 0;
+  unsigned grades = 0;
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) {
+    grades |= unsigned(s.lists(t + i) ? kGradeDropped : kGradeExact) << (8 * i);
+  }
+  return grades;
+}
 
 // By their grades in memory.
 __device__ inline Marks marks_of_grades(const Share& s, int t) {
@@ -179,7 +191,7 @@ __device__ __forceinline__ int collect(const Share& s, const PruneParams& p, con
     if constexpr (kPlain) {
       const bool whole = s.lists_tile(tile);
       bits = s.run.load(tile);
-      marks = Marks(bits, least, whole);
+      marks = Marks(bits, least, grades_outside(s, p, t, whole));
       store_grades(s, t, marks.grades, whole);
     } else {
       marks = marks_of_grades(s, t);

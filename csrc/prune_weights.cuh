@@ -12,11 +12,12 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 // How a launch is laid out.
 struct Plan {
-  int ranks;       // blocks of a cluster, which owns a query row and KV head
-  int threads;     // of a block
-  int kept_tiles;  // that a warp keeps in shared memory
-  int bytes;       // of shared memory, a block
-  int page_shift;  // log2 of the page size; -1 where it is no power of two
+  int ranks;         // blocks of a cluster, which owns a query row and KV head
+  unsigned inverse;  // the whole number above 2^32 / ranks; not of one rank
+  int threads;       // of a block
+  int kept_tiles;    // that a warp keeps in shared memory
+  int bytes;         // of shared memory, a block
+  int page_shift;    // log2 of the page size; -1 where it is no power of two
 };
 
 // This block's and warp's share of a query row and KV head.
@@ -35,22 +36,29 @@ struct Share {
   const float* errors;  // null without a margin
   uint8_t* grades;
 
-  // unit: tokens that are dealt out to a warp together.
-  __device__ __forceinline__ Share(const PruneParams& p, const Ranks& ranks, unsigned unit,
-                                   int* tiles, const Plan& plan) {
+  // What needs no memory, before the inputs are there.
+  __device__ __forceinline__ Share(const PruneParams& p, const Plan& plan) {
     const int n = blockIdx.z;  // blockIdx.x is the block's rank
-    seq = p.query_seq[n];
-    start = p.ctx_starts[n];
-    stop = max(start, p.positions[n] + 1);
     row = int64_t(n) * p.num_kv_heads + blockIdx.y;
     scores = p.scores + row * p.group * p.capacity;
     lse = p.lse + row * p.group;
     errors = p.errors == nullptr ? nullptr : p.errors + row * p.group * p.num_pages;
     grades = p.grades + row * p.grades_capacity;
     page_shift = plan.page_shift;
-    deal(p, ranks, unit, tiles, plan.kept_tiles);
-    first = min(max(start, p.num_sink), stop);
+  }
+  // The visible tokens, and this warp's. unit: tokens that are dealt out to a warp together.
+  __device__ __forceinline__ void find_run(const PruneParams& p, const Ranks& ranks, unsigned unit,
+                                           int* tiles, const Plan& plan) {
+    const int n = blockIdx.z;
+    seq = p.query_seq[n];
+    start = p.ctx_starts[n];
+    stop = max(start, p.positions[n] + 1);
     window = p.window_starts[seq];
+    first = min(max(start, p.num_sink), stop);
+    deal(p, ranks, unit, tiles, plan);
+  }
+  // The first to look at the window's start, whose load takes a second turn.
+  __device__ __forceinline__ void find_whole_tiles() {
     whole_begin = (max(run.begin, first) - run.origin + kTile - 1) / kTile;
     whole_end = (min(run.end, list_end()) - run.origin) / kTile;
   }
@@ -65,11 +73,13 @@ struct Share {
  private:
   // Deals the row's tokens out to the cluster's warps.
   __device__ __forceinline__ void deal(const PruneParams& p, const Ranks& ranks, unsigned unit,
-                                       int* tiles, int kept_tiles) {
+                                       int* tiles, const Plan& plan) {
     const unsigned from = start / unit;
     const unsigned units = (stop + unit - 1) / unit - from;
     const unsigned count = ranks.count(), rank = ranks.rank();
-    const unsigned each = units / count, more = units - each * count;  // by block
+    // By block; exact below 2^28 units.
+    const unsigned each = count == 1 ? units : __umulhi(units, plan.inverse);
+    const unsigned more = units - each * count;
     const unsigned in_block = threadIdx.x / 32, block_warps = blockDim.x / 32;
     const unsigned log_warps = __ffs(block_warps) - 1, block_units = each + (rank < more);
     const unsigned block_from = from + rank * each + min(rank, more);
@@ -82,10 +92,10 @@ struct Share {
     const int most =
         ((each + (more > 0) + block_warps - 1) >> log_warps) * unit;  // tokens of a warp
     tokens = min(stop - start, int(block_warps) * (most / 2 + 4));
-    run.kept_tiles = kept_tiles;
-    run.kept = hold(shared_address(tiles + in_block * kept_tiles * kTile));
+    run.kept_tiles = plan.kept_tiles;
+    run.kept = hold(shared_address(tiles + in_block * plan.kept_tiles * kTile));
     // Rounded up to tiles the rest of a row still fits its C floats, for what is kept is more.
-    const int rest = max(0, (most + 3 + kTile - 1) / kTile - kept_tiles) * kTile;
+    const int rest = max(0, (most + 3 + kTile - 1) / kTile - plan.kept_tiles) * kTile;
     run.rest = reinterpret_cast<int*>(p.weights) + (row * p.capacity + 3) / 4 * 4 +
                int64_t(rank * block_warps + in_block) * rest;
   }
@@ -216,23 +226,22 @@ struct TokenSums {
 #pragma unroll
     for (float& w : weights) w = __saturatef(w);  // NaN counts as nothing
   }
-};
 
-// What a lane's tokens add up to; see Masses.
-struct LaneMasses {
-  float resident = 0.0f;
-  float variance = 0.0f;
-
-  __device__ __forceinline__ void add_error(float square) {
-    if (square > 0.0f) variance += square;
+  // Those whose score is -inf, in any one head, are no candidates.
+  __device__ __forceinline__ void leave_out_dropped(const float4& score) {
+    const float x[4] = {score.x, score.y, score.z, score.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (x[i] == -INFINITY) weights[i] = __int_as_float(kNotCandidate);
+    }
   }
 };
 
-// Keeps the candidates' weights of a tile of list tokens of this warp, adds them to the first
-// histogram.
+// Keeps the weights of a tile of list tokens of this warp, all candidates, and adds them to the
+// first histogram.
 __device__ __forceinline__ void keep_listed(const Share& s, int tile, const TokenSums& sums,
                                             const Rounding& rounding, unsigned part,
-                                            LaneMasses& masses) {
+                                            Masses& masses) {
   const float (&e)[4] = sums.errors;
   if (s.errors != nullptr) masses.add_error(e[0] * e[0] + e[1] * e[1] + e[2] * e[2] + e[3] * e[3]);
   int bits[4];
@@ -250,13 +259,13 @@ template <bool kPlain>
 __device__ __forceinline__ void keep_any(const Share& s, const PruneParams& p, int tile,
                                          const TokenSums& sums, const Rounding& rounding,
                                          unsigned part, const Adder<kPlain>* adder,
-                                         LaneMasses& masses) {
+                                         Masses& masses) {
   int kept[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int t = s.run.token(tile) + i, bits = __float_as_int(sums.weights[i]);
     kept[i] = kNotCandidate;
-    if (!s.run.holds(t)) continue;
+    if (!s.run.holds(t) || (kPlain && bits < 0)) continue;
     if (!s.lists(t)) {
       masses.resident += sums.weights[i];
       continue;
@@ -277,11 +286,11 @@ __device__ __forceinline__ void keep_any(const Share& s, const PruneParams& p, i
 // the run and in the first histogram. `batch` holds the first tile's first heads, from `source`;
 // scales: theirs, in shared memory.
 template <bool kPlain, bool kWhole>
-__device__ __forceinline__ LaneMasses take_weights(const Share& s, const PruneParams& p,
-                                                   Source source, Batch<kPlain, kWhole>& batch,
-                                                   int heads, const HeadScale* scales,
-                                                   const SelectState& state, SelectShared& shared) {
-  LaneMasses masses;
+__device__ __forceinline__ Masses take_weights(const Share& s, const PruneParams& p, Source source,
+                                               Batch<kPlain, kWhole>& batch, int heads,
+                                               const HeadScale* scales, const SelectState& state,
+                                               SelectShared& shared) {
+  Masses masses;
   const uint4* histogram = shared.histograms[state.num_passes & 1];
   const unsigned part = part_of(histogram, kParts), first_scale = hold(shared_address(scales));
   const Rounding rounding(state.drop);
@@ -299,9 +308,10 @@ __device__ __forceinline__ LaneMasses take_weights(const Share& s, const PrunePa
       if (skip >= heads) break;
       batch.load(s, p, source, t, skip, heads);
     }
+    if (kPlain && p.dropped) sums.leave_out_dropped(batch.scores[kWhole ? kHeads - 1 : 0]);
     t += kTile, source.scores += kTile;
     batch.load(s, p, source, t, 0, heads);  // on their way while these are kept
-    if (kPlain && s.lists_tile(tile)) {
+    if (kPlain && !p.dropped && s.lists_tile(tile)) {
       keep_listed(s, tile, sums, rounding, part, masses);
     } else {
       keep_any<kPlain>(s, p, tile, sums, rounding, part, by_target, masses);

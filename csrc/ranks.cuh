@@ -12,7 +12,10 @@ struct Ranks {
   __device__ int count() const { return cooperative_groups::this_cluster().num_blocks(); }
   __device__ int log_count() const { return __ffs(count()) - 1; }  // of a power of two
   __device__ void sync() const { cooperative_groups::this_cluster().sync(); }
-  __device__ void arrive() const { cooperative_groups::this_cluster().barrier_arrive(); }
+  // Says that this thread came, and nothing about what it wrote: no memory barrier.
+  __device__ void arrive() const {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  }
   __device__ void wait() const { cooperative_groups::this_cluster().barrier_wait(); }
   template <typename T>
   __device__ T* of(T* shared, int r) const {

@@ -269,6 +269,7 @@ def prune(
     block: int,
     num_blocks: int,
     unite: bool,
+    dropped: bool,
     expand_pages: bool,
     num_pages: int,
     margin: float,

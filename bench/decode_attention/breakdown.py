@@ -120,6 +120,7 @@ class LayerOps:
             fetch_block=self.meta.page_size if self.config.fetch == "page" else 1,
             candidates=self.candidates,
             block=self.graded.index.candidate_block,
+            dropped=self.config.tail != "mean",
             errors=self.errors,
             margin=self.config.mass_margin,
             out=self.pruned,

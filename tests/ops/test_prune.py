@@ -193,7 +193,7 @@ def test_candidates(
         scores.masked_fill_(left_out.repeat_interleave(3, dim=1), -torch.inf)
     got, want = run_both(
         scores, row_lse(scores, meta), meta, p=0.7, index_p=0.95, num_kv_heads=2,
-        candidates=candidates, block=block,
+        candidates=candidates, block=block, dropped=dropped,
     )  # fmt: skip
     assert_same(got, want, meta)
     assert_consistent(got, meta)

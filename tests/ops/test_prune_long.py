@@ -11,9 +11,13 @@ from torch import Tensor
 from tests.compare import compare
 from tests.ops.step_meta import make_meta
 from tests.ops.test_prune import assert_consistent, assert_same, row_lse, run_both
-from twilight_engine.layout import Pruned, StepMeta
+from twilight_engine.layout import GRADE_EXACT, GRADE_INDEX, Pruned, StepMeta, block_of, num_blocks
 
-MOST_DIFFERENCES = 3  # tokens of a row whose weight lies at a threshold, up to rounding
+# Tokens of a row that rounding may carry over a threshold: those of one step of it, which in a
+# dense row are several.
+MOST_DIFFERENCES = 3
+TOKENS_A_DIFFERENCE = 10_000  # of a row that may have more
+THRESHOLD_STEPS = 1e-3  # of a threshold; tokens lie less than this apart
 
 
 def padded_scores(meta: StepMeta, num_q_heads: int, *, spread: float) -> tuple[Tensor, Tensor]:
@@ -23,13 +27,47 @@ def padded_scores(meta: StepMeta, num_q_heads: int, *, spread: float) -> tuple[T
     return scores, row_lse(scores, meta)
 
 
-def assert_close(got: Pruned, want: Pruned, meta: StepMeta) -> None:
+def drop_blocks(scores: Tensor, meta: StepMeta, num_kv_heads: int, *, block: int) -> Tensor:
+    """Candidates, a third of the blocks; drops the list tokens of the others from the scores."""
+    blocks = num_blocks(meta.max_len, block, meta.page_size)
+    candidates = torch.rand(meta.num_queries, num_kv_heads, blocks) < 1 / 3
+    candidates = candidates.to(torch.uint8).to(scores.device)
+    t = torch.arange(meta.max_len, device=scores.device)
+    edges = meta.window_starts[meta.query_seq]
+    listed = (t >= meta.num_sink) & (t < edges[:, None])
+    dropped = (candidates[..., block_of(t, block, meta.page_size)] == 0) & listed[:, None]
+    by_head = scores[..., : meta.max_len].unflatten(1, (num_kv_heads, -1))
+    by_head.masked_fill_(dropped[:, :, None], -torch.inf)
+    return candidates
+
+
+def assert_at_threshold(w: Tensor, grades: Tensor, differs: Tensor) -> None:
+    """Those that differ weigh what the least token of a grade does; all [visible], list tokens."""
+    exact = grades == GRADE_EXACT
+    chosen = exact | (grades == GRADE_INDEX)
+    levels = [w[of_grade].min() for of_grade in (exact, chosen) if of_grade.any()]
+    for level in levels:
+        differs = differs & ((w - level).abs() > THRESHOLD_STEPS * level)
+    assert not differs.any()
+
+
+def assert_close(got: Pruned, want: Pruned, meta: StepMeta, scores: Tensor, lse: Tensor) -> None:
+    """The same but for a few tokens whose weight lies at a threshold, up to rounding."""
     assert_consistent(got, meta)
     compare(got.mass, want.mass)
+    num_kv_heads = want.grades.shape[1]
     for n in range(meta.num_queries):
-        seen = slice(int(meta.ctx_starts[n]), int(meta.positions[n]) + 1)
-        differences = got.grades[n, :, seen] != want.grades[n, :, seen]
-        assert (differences.sum(-1) <= MOST_DIFFERENCES).all()
+        begin, end = int(meta.ctx_starts[n]), int(meta.positions[n]) + 1
+        edge = min(end, int(meta.window_starts[meta.query_seq[n]]))
+        listed = slice(max(begin, meta.num_sink), edge)
+        w = (scores[n, :, listed] - lse[n, :, None]).exp()
+        w = w.unflatten(0, (num_kv_heads, -1)).mean(1)
+        grades = want.grades[n, :, listed]
+        differs = got.grades[n, :, listed] != grades
+        most = max(MOST_DIFFERENCES, (end - begin) // TOKENS_A_DIFFERENCE)
+        assert (differs.sum(-1) <= most).all()
+        for h in range(num_kv_heads):
+            assert_at_threshold(w[h], grades[h], differs[h])
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 6, 8, 13])
@@ -85,10 +123,58 @@ def test_rows_over_clusters(batch: int, length: int, group: int) -> None:
     errors = torch.rand(batch, 8 * group, meta.page_table.shape[1], device="cuda") * 0.3
     options: dict[str, Any] = {"index_p": 0.98, "num_kv_heads": 8, "errors": errors, "margin": 1.0}
     got, want = run_both(scores, lse, meta, **options)
-    assert_close(got, want, meta)
+    assert_close(got, want, meta, scores, lse)
     again, _ = run_both(scores, lse, meta, **options)
     assert_same(got, again, meta)
     assert torch.equal(got.mass, again.mass)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize(("page_size", "block"), [(16, 16), (64, 16), (64, 1)])
+@pytest.mark.parametrize("margin", [None, 1.5])
+def test_dropped_tokens(
+    device: torch.device, group: int, page_size: int, block: int, margin: float | None
+) -> None:
+    """What is not reached takes all candidates, those of weight 0 by underflow too."""
+    meta = make_meta(device, [900, 1, 130, 301], page_size=page_size)
+    scores, _ = padded_scores(meta, 2 * group, spread=2.0)
+    candidates = drop_blocks(scores, meta, 2, block=block)
+    lse = row_lse(scores, meta)
+    options: dict[str, Any] = {"candidates": candidates, "block": block, "dropped": True}
+    if margin is not None:
+        errors = torch.rand(4, 2 * group, meta.page_table.shape[1]).to(device) * 0.4
+        options.update(errors=errors, margin=margin)
+    for p, beside, underflow in (
+        (0.7, 0.0, 0.0),
+        (1.0, 0.0, 0.0),
+        (0.9, 1.0, 0.0),
+        (0.9, 1.0, 9e3),
+    ):
+        scores[:, :, 20:60] -= underflow
+        got, want = run_both(
+            scores, lse + beside, meta, p=p, index_p=0.95, num_kv_heads=2, **options
+        )
+        assert_same(got, want, meta)
+        assert_consistent(got, meta)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("batch", "length", "num_kv_heads"), [(1, 30_011, 32), (1, 131_072, 8), (3, 60_000, 8)]
+)
+@pytest.mark.parametrize("group", [1, 4, 6])
+def test_dropped_tokens_over_clusters(
+    batch: int, length: int, num_kv_heads: int, group: int
+) -> None:
+    meta = make_meta(torch.device("cuda"), [length - 1000 * b for b in range(batch)], page_size=64)
+    scores, _ = padded_scores(meta, num_kv_heads * group, spread=2.5)
+    candidates = drop_blocks(scores, meta, num_kv_heads, block=16)
+    lse = row_lse(scores, meta)
+    got, want = run_both(
+        scores, lse, meta, index_p=0.98, num_kv_heads=num_kv_heads, candidates=candidates,
+        block=16, dropped=True,
+    )  # fmt: skip
+    assert_close(got, want, meta, scores, lse)
 
 
 @pytest.mark.gpu

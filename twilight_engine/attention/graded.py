@@ -147,6 +147,7 @@ class GradedAttention:
             self.tiers.lsh,
         )
         candidates = self.selector.select(q, view)
+        drop = self.config.tail != "mean"
         errors = None
         if self.config.mass_margin > 0 and self.top_k is None:
             errors = buffers.errors
@@ -158,7 +159,7 @@ class GradedAttention:
             softmax_scale=scale,
             candidates=candidates,
             block=block,
-            left_out="midpoint" if self.config.tail == "mean" else "drop",
+            left_out="drop" if drop else "midpoint",
             scores=buffers.scores,
             errors=errors,
             workspace=buffers.estimate,
@@ -175,6 +176,7 @@ class GradedAttention:
             fetch_block=meta.page_size if self.config.fetch == "page" else 1,
             candidates=candidates,
             block=block,
+            dropped=drop,
             errors=errors,
             margin=self.config.mass_margin,
             out=buffers.pruned,

@@ -101,6 +101,7 @@ def _launch(
     expand_pages: bool,
     candidates: Tensor | None,
     block: int,
+    dropped: bool,
     errors: Tensor | None,
     margin: float,
     out: Pruned,
@@ -140,6 +141,7 @@ def _launch(
         block=block,
         num_blocks=0 if candidates is None else candidates.shape[2],
         unite=unite,
+        dropped=dropped and candidates is not None,
         expand_pages=expand_pages,
         num_pages=0 if errors is None else errors.shape[2],
         margin=margin,
@@ -160,6 +162,7 @@ def prune(
     fetch_block: int = 1,
     candidates: Tensor | None = None,
     block: int | None = None,
+    dropped: bool = False,
     errors: Tensor | None = None,
     margin: float = 0.0,
     out: Pruned | None = None,
@@ -186,6 +189,9 @@ def prune(
         top_k: [B] int32, in place of top_p where >= 1.
         fetch_block: 1, or page_size: every list token of a page that holds an exact one is exact.
         candidates: [N, Hkv, NB] uint8 by block of `block` tokens (default: a page); None: all.
+        dropped: promises that the scores of list tokens outside the candidates, and of no others,
+            are -inf in every head, as estimate_scores leaves them with left_out "drop": then the
+            kernel need not look at the candidates. It changes no result.
         errors: [N, Hq, P] float32, the standard error of the scores of each page of a sequence, as
             estimate_errors gives them; None: no margin.
         margin: standard errors that the exact mass aimed at is raised by; see below.
@@ -210,8 +216,8 @@ def prune(
         _launch(
             scores, lse, meta, top_p=top_p, index_top_p=index_top_p, top_k=top_k,
             unite=group_rule == "union", num_kv_heads=num_kv_heads, expand_pages=fetch_block > 1,
-            candidates=candidates, block=block, errors=errors, margin=margin, out=out,
-            weights=weights,
+            candidates=candidates, block=block, dropped=dropped, errors=errors, margin=margin,
+            out=out, weights=weights,
         )  # fmt: skip
         return out
     cpu.prune(

@@ -65,10 +65,11 @@ def prune(
     fetch_block: int = 1,
     candidates: Tensor | None = None,
     block: int | None = None,
+    dropped: bool = False,
     errors: Tensor | None = None,
     margin: float = 0.0,
 ) -> Pruned:
-    """See ops.prune; row by row."""
+    """See ops.prune; row by row. What is dropped shows in the scores."""
     n_rows, num_q_heads, capacity = scores.shape
     group, device = num_q_heads // num_kv_heads, scores.device
     exact = RowLists.empty(n_rows, num_kv_heads, capacity, device)
