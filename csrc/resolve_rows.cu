@@ -14,14 +14,16 @@
 // table, the owners of chunks and the step counter, which plain kernels and copies alone write
 // (torch's, hot_quotas): whatever may still run was launched after their end. Of the slots' keys
 // and stamps the same holds, but that resolve_rows writes them, too: **between two calls for the
-// same hot rows a plain kernel must run**, as the one that counts the step does. Where several
-// sequences are resolved, stamp_hits_kernel writes stamps; those are read after the wait.
+// same hot rows a plain kernel must run**, as the one that counts the step does. Where sequences
+// share pages, stamp_hits_kernel writes stamps; those are read after the wait.
 //
-// Whatever any sequence wants must be known to be in use before a victim is chosen. One sequence
-// needs only its block for that; several may share pages, so stamp_hits_kernel first stamps the
-// hits of all of them. Sequences that share pages share rows: an installation is then a
-// compare-and-swap on the map, whoever comes second leaves its slot free and uses the other's row.
-// Keys that leave the map were listed by nobody in this step, so no block looks at them.
+// Whatever any sequence wants must be known to be in use before a victim is chosen. A sequence
+// whose pages are its own needs only its block for that: its rows lie in chunks that its head owns,
+// since a chunk that changes hands is emptied. Where several may share pages (p.shared_pages),
+// stamp_hits_kernel first stamps the hits of all of them. Sequences that share pages share rows: an
+// installation is then a compare-and-swap on the map, whoever comes second leaves its slot free and
+// uses the other's row. Keys that leave the map were listed by nobody in this step, so no block
+// looks at them.
 #include "csrc/common.cuh"
 #include "csrc/dependent_launch.cuh"
 #include "csrc/resolve_lists.cuh"
@@ -213,7 +215,7 @@ cudaError_t launch(const ResolveRowsParams& p, cudaStream_t stream) {
 
 cudaError_t launch_resolve_rows(const ResolveRowsParams& p, cudaStream_t stream) {
   if (p.num_seqs == 0 || p.num_kv_heads == 0) return cudaSuccess;
-  if (p.num_seqs == 1) return launch<false>(p, stream);
+  if (p.num_seqs == 1 || !p.shared_pages) return launch<false>(p, stream);
   if (p.slot_map != nullptr && p.num_queries > 0 && p.capacity > 0) {
     const int tiles = (p.capacity + kStampThreads - 1) / kStampThreads;
     const dim3 grid(p.num_queries * p.num_kv_heads, min(tiles, kMaxStampBlocks));
