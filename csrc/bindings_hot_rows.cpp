@@ -16,7 +16,8 @@ void bind_hot_rows(py::module_& m) {
          uint64_t locations, uint64_t fetch_src, uint64_t fetch_dst, uint64_t fetch_counts,
          uint64_t fetch_direct, uint64_t counters, int num_queries, int num_seqs, int num_kv_heads,
          int capacity, int fetch_capacity, int num_chunks, int first_row, int page_size,
-         int table_pages, int64_t table_stride, int64_t keys_per_head, uint64_t stream) {
+         int table_pages, int64_t table_stride, int64_t keys_per_head, bool shared_pages,
+         uint64_t stream) {
         const twilight::ResolveRowsParams p{as<int>(tokens),
                                             as<int>(counts),
                                             as<int>(page_table),
@@ -45,7 +46,8 @@ void bind_hot_rows(py::module_& m) {
                                             page_size,
                                             table_pages,
                                             table_stride,
-                                            keys_per_head};
+                                            keys_per_head,
+                                            shared_pages};
         check(twilight::launch_resolve_rows(p, as_stream(stream)), "resolve_rows");
       },
       py::kw_only(), py::arg("tokens"), py::arg("counts"), py::arg("page_table"),
@@ -55,7 +57,8 @@ void bind_hot_rows(py::module_& m) {
       py::arg("fetch_counts"), py::arg("fetch_direct"), py::arg("counters"), py::arg("num_queries"),
       py::arg("num_seqs"), py::arg("num_kv_heads"), py::arg("capacity"), py::arg("fetch_capacity"),
       py::arg("num_chunks"), py::arg("first_row"), py::arg("page_size"), py::arg("table_pages"),
-      py::arg("table_stride"), py::arg("keys_per_head"), py::arg("stream"));
+      py::arg("table_stride"), py::arg("keys_per_head"), py::arg("shared_pages"),
+      py::arg("stream"));
   m.def(
       "rebalance_quotas",
       [](uint64_t slot_map, uint64_t slot_key, uint64_t chunk_owner, uint64_t set_mean,

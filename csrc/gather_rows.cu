@@ -5,14 +5,15 @@
 // runs of kInFlight * 32 vectors of 16 bytes, so that a warp has kInFlight loads a lane on the link
 // at once and any row size that is a multiple of 16 bytes keeps all lanes busy. Each lane finds its
 // vectors' rows by itself: warps never wait for each other, and the first request goes out after
-// two loads, of the counts and of the list. A short list is divided over all blocks, one tile each,
-// so that all of its rows are on the link at once; rows of one granule of address translation (64
-// KB), being neighbours in the list, are asked for by one block. Bytes moved: row_bytes an entry
-// over the link (PCIe 5 x16: 51 GB/s measured; 128 warps reach it). Scattered rows cost
-// translations instead: 30-50 million new granules a second. Asking for all granules of a tile
-// ahead of its rows was slower, 256-byte requests made no difference. With `times` the blocks also
-// note when the first began and the last ended, by the GPU's own clock: timing events inside a CUDA
-// graph could be read only between two replays.
+// two loads, of the counts and of the list. The next run's list entries are read while the rows of
+// this one are on the link. A short list is divided over all blocks, one tile each, so that all of
+// its rows are on the link at once; rows of one granule of address translation (64 KB), being
+// neighbours in the list, are asked for by one block. Bytes moved: row_bytes an entry over the link
+// (PCIe 5 x16: 51 GB/s measured; 128 warps reach it). Scattered rows cost translations instead:
+// 30-50 million new granules a second. Asking for all granules of a tile ahead of its rows was
+// slower, 256-byte requests made no difference. With `times` the blocks also note when the first
+// began and the last ended, by the GPU's own clock: timing events inside a CUDA graph could be read
+// only between two replays.
 #include "csrc/block_scan.cuh"
 #include "csrc/common.cuh"
 #include "csrc/dependent_launch.cuh"
@@ -64,54 +65,102 @@ __device__ __forceinline__ unsigned long long now_ns() {
   return ns;
 }
 
-// Moves rows first .. first + rows of all; returns how many of them begin in this lane.
-__device__ unsigned copy_tile(const GatherRowsParams& p, const unsigned* ends, unsigned first,
-                              unsigned rows) {
-  const unsigned row_vectors = p.row_bytes / 16, num_vectors = rows * row_vectors;
+// The rows of all lists in tiles, which blocks take by turns.
+struct Tiles {
+  unsigned num_rows, tile_rows, row_vectors;
+
+  __device__ unsigned rows(unsigned first) const { return min(tile_rows, num_rows - first); }
+};
+
+// Where a warp is: at vector `start` of the tile that begins with row `first` of all.
+struct Cursor {
+  unsigned first, start;
+
+  // On to the block's next tile where this one has nothing left for the warp.
+  __device__ void settle(const Tiles& tiles) {
+    while (first < tiles.num_rows && start >= tiles.rows(first) * tiles.row_vectors) {
+      first += gridDim.x * tiles.tile_rows;
+      start = threadIdx.x / 32 * kRun;
+    }
+  }
+};
+
+// A lane's vectors of a run: list entries, -1 for none, heads, and vectors into the row.
+struct Run {
+  int src[kInFlight], dst[kInFlight], head[kInFlight];
+  unsigned offset[kInFlight];
+
+  __device__ static Run empty() {
+    Run run{};
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) run.src[i] = -1;
+    return run;
+  }
+  __device__ bool has(int i) const { return src[i] >= 0 && dst[i] >= 0; }
+};
+
+// Starts to read the list entries of the run at the cursor.
+__device__ __forceinline__ Run read_run(const GatherRowsParams& p, const unsigned* ends,
+                                        const Tiles& tiles, Cursor at) {
+  Run run = Run::empty();
+  const unsigned rows = tiles.rows(at.first), row_vectors = tiles.row_vectors;
   const unsigned rows_on = 32 / row_vectors, vectors_on = 32 % row_vectors;  // 32 vectors further
-  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  unsigned moved = 0;
-  for (unsigned start = warp * kRun; start < num_vectors; start += kWarps * kRun) {
-    int src[kInFlight], dst[kInFlight], head[kInFlight];
-    unsigned offset[kInFlight];  // vectors into the row
-    unsigned row = (start + lane) / row_vectors, at = start + lane - row * row_vectors;
-    int segment = segment_of(ends, p.num_segments, first + min(row, rows - 1));
+  const unsigned vector = at.start + threadIdx.x % 32;
+  unsigned row = vector / row_vectors, offset = vector - row * row_vectors;
+  int segment = segment_of(ends, p.num_segments, at.first + min(row, rows - 1));
+  int head = segment < p.num_kv_heads ? segment : segment % p.num_kv_heads;
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      src[i] = dst[i] = -1;
-      offset[i] = at;
-      if (row < rows) {
-        while (ends[segment] <= first + row) ++segment;
-        const unsigned begin = segment == 0 ? 0 : ends[segment - 1];
-        const int64_t entry = static_cast<int64_t>(segment) * p.capacity + (first + row - begin);
-        src[i] = p.src[entry];
-        dst[i] = p.dst[entry];
+  for (int i = 0; i < kInFlight; ++i) {
+    run.offset[i] = offset;
+    if (row < rows) {
+      for (; ends[segment] <= at.first + row; ++segment) {
+        if (++head == p.num_kv_heads) head = 0;
       }
-      head[i] = segment;
-      at += vectors_on;
-      row += rows_on + (at >= row_vectors);
-      at -= at >= row_vectors ? row_vectors : 0;
+      const unsigned begin = segment == 0 ? 0 : ends[segment - 1];
+      const int64_t entry = static_cast<int64_t>(segment) * p.capacity + (at.first + row - begin);
+      run.src[i] = p.src[entry];
+      run.dst[i] = p.dst[entry];
     }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {  // of several sequences; while the list is on its way
-      if (head[i] >= p.num_kv_heads) head[i] %= p.num_kv_heads;
-    }
+    run.head[i] = head;
+    offset += vectors_on;
+    row += rows_on + (offset >= row_vectors);
+    offset -= offset >= row_vectors ? row_vectors : 0;
+  }
+  return run;
+}
+
+// Moves the block's rows; returns how many of them begin in this lane.
+__device__ unsigned copy_rows(const GatherRowsParams& p, const unsigned* ends, const Tiles& tiles) {
+  unsigned moved = 0;
+  Cursor at{blockIdx.x * tiles.tile_rows, threadIdx.x / 32 * kRun};
+  at.settle(tiles);
+  Run run = Run::empty();
+  bool more;
+  do {  // first only the list of the first run, last only the rows of the last
     uint4 data[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      if (src[i] < 0 || dst[i] < 0) continue;
-      const char* from = p.host_kv + head[i] * p.head_stride_bytes +
-                         static_cast<int64_t>(src[i]) * p.row_bytes + offset[i] * 16;
+      if (!run.has(i)) continue;
+      const char* from = p.host_kv + run.head[i] * p.head_stride_bytes +
+                         static_cast<int64_t>(run.src[i]) * p.row_bytes + run.offset[i] * 16;
       data[i] = __ldcs(reinterpret_cast<const uint4*>(from));
+    }
+    more = at.first < tiles.num_rows;
+    Run next = Run::empty();
+    if (more) {
+      next = read_run(p, ends, tiles, at);
+      at.start += kWarps * kRun;
+      at.settle(tiles);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      if (src[i] < 0 || dst[i] < 0) continue;
-      char* to = p.rows + static_cast<int64_t>(dst[i]) * p.row_bytes + offset[i] * 16;
+      if (!run.has(i)) continue;
+      char* to = p.rows + static_cast<int64_t>(run.dst[i]) * p.row_bytes + run.offset[i] * 16;
       *reinterpret_cast<uint4*>(to) = data[i];
-      moved += offset[i] == 0;
+      moved += run.offset[i] == 0;
     }
-  }
+    run = next;
+  } while (more);
   return moved;
 }
 
@@ -123,11 +172,8 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRowsParams 
   const unsigned long long start_ns = timed ? now_ns() : 0;
   const unsigned num_rows = sum_segments(p, ends, scan);
   const unsigned each = (num_rows + gridDim.x - 1) / gridDim.x;
-  const unsigned tile_rows = min(max(each, 1u), kMaxTileRows);
-  unsigned moved = 0;
-  for (unsigned first = blockIdx.x * tile_rows; first < num_rows; first += gridDim.x * tile_rows) {
-    moved += copy_tile(p, ends, first, min(tile_rows, num_rows - first));
-  }
+  const Tiles tiles{num_rows, min(max(each, 1u), kMaxTileRows), p.row_bytes / 16u};
+  const unsigned moved = copy_rows(p, ends, tiles);
   // No earlier: the blocks of the attention over the rows fill the multiprocessors' shared memory,
   // and would keep out those of the lower grades, which run while the rows are on the way.
   let_next_start();

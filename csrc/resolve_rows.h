@@ -39,6 +39,7 @@ struct ResolveRowsParams {
   int table_pages;  // entries of a row of page_table
   int64_t table_stride;
   int64_t keys_per_head;  // P * S
+  bool shared_pages;      // sequences may have pages in common
 };
 
 cudaError_t launch_resolve_rows(const ResolveRowsParams& p, cudaStream_t stream);

@@ -9,24 +9,30 @@
 
 namespace twilight {
 
-constexpr int kWarps = kThreads / 32;
-constexpr int kOwnersEach = 8;      // chunks a thread at a time, of the table of owners
 constexpr int kChunksEach = 8;      // chunks a warp at a time: 16 loads a lane on their way
 constexpr int kSlotsEach = 8;       // slots a thread at a time: 16 bytes of orders
 constexpr int kSectorInts = 8;      // 32 bytes, what the L2 fetches at least
 constexpr int kKeptOrders = 8192;   // slots whose order stays in shared memory
 constexpr int kKeptVictims = 1024;  // slots chosen; more wait in fetch_dst
+constexpr int kKeptMisses = 1024;   // misses that wait for their slots at a time
 constexpr int kMaxAge = 1023;       // must match layout.MAX_AGE
 constexpr int kInUse = kMaxAge + 1;
 static_assert(2 * kThreads == kInUse, "a thread sums two orders");
 static_assert(kSlotsPerChunk == 32, "a warp reads a chunk");
 static_assert(kKeptOrders % (kThreads * kSlotsEach) == 0, "all orders a thread reads are kept");
 
+struct Miss {
+  int key, place;  // in its list
+};
+
 struct Shared {
   BlockScan scans[2];
+  MissCounts misses;
   int2 histogram[kThreads];  // slots by order; those in use are not counted
+  int2 used[kThreads];       // of them, those taken since: only ever added to, see use_place
   __align__(16) uint16_t orders[kKeptOrders];
   int victims[kKeptVictims];
+  Miss missing[kKeptMisses];
   int threshold, ties;
 };
 
@@ -43,9 +49,9 @@ __device__ __forceinline__ void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-// Lists the chunks lent to this owner; returns their number.
+// Lists the chunks lent to this owner and fills s.places; returns their number.
 __device__ inline int list_owned_chunks(const ResolveRowsParams& p, int owner, uint16_t* owned,
-                                        BlockScan& scan) {
+                                        unsigned* places, BlockScan& scan) {
   int num_owned = 0;
   for (int start = 0; start < p.num_chunks; start += kThreads * kOwnersEach) {
     const int first = start + threadIdx.x * kOwnersEach;
@@ -57,6 +63,7 @@ __device__ inline int list_owned_chunks(const ResolveRowsParams& p, int owner, u
     }
     unsigned total;
     int at = num_owned + block_exclusive_sum(__popc(mine), scan, &total);
+    if (first < p.num_chunks) places[first / kOwnersEach] = at << kOwnersEach | mine;
     for (; mine != 0; mine &= mine - 1) {
       owned[at++] = static_cast<uint16_t>(first + __ffs(mine) - 1);
     }
@@ -101,41 +108,41 @@ __device__ inline void count_orders(const ResolveRowsParams& p, const Segment& s
   }
 }
 
-// Takes the slot at this place of the head's out of those that may go.
-__device__ __forceinline__ void use_place(const ResolveRowsParams& p, const Segment& s, int place,
-                                          int slot, Shared& shared) {
-  int order;
-  if (place < kKeptOrders) {
-    order = shared.orders[place];
-    shared.orders[place] = kInUse;
-  } else {
-    order = order_of(p, s, slot);  // in use once its stamp is this step's
-  }
-  if (order < kInUse) atomicSub(&shared.histogram[0].x + order, 1);
+// Takes a slot of this place and order out of those that may go. Most hits are of the same order,
+// that of the step before: lanes that add one to the same word do so at once, those that subtract
+// from it wait for each other.
+__device__ __forceinline__ void use_place(int place, int order, Shared& shared) {
+  if (place < kKeptOrders) shared.orders[place] = kInUse;  // else by its stamp
+  if (order < kInUse) atomicAdd(&shared.used[0].x + order, 1);
+}
+
+// The place among the head's slots, or -1 for a slot that is not the head's.
+__device__ __forceinline__ int place_of(const Segment& s, int slot) {
+  const unsigned chunk = static_cast<unsigned>(slot) / kSlotsPerChunk;
+  const unsigned word = s.places[chunk / kOwnersEach], bit = 1u << chunk % kOwnersEach;
+  const int at = (word >> kOwnersEach) + __popc(word & (bit - 1));
+  return (word & bit) != 0 ? at * kSlotsPerChunk + slot % kSlotsPerChunk : -1;
 }
 
 // Stamps the hits among a thread's entries, so that they are nobody's victims. All entries of a
 // list may be stamped at once, those of two lists not: they may be the same.
 __device__ __forceinline__ void stamp_hits(const ResolveRowsParams& p, const Segment& s,
-                                           const Entries& found, Shared& shared) {
-  int chunk[kEach], below[kEach] = {};  // owned chunks that lie below it
+                                           const Entries& entries, Shared& shared) {
+  int place[kEach], order[kEach];  // -1: no hit, or another sequence's slot, by a shared page
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) chunk[j] = (found.row[j] - p.first_row) / kSlotsPerChunk;
-#pragma unroll 1
-  for (int size = s.search_size; size > 0; size /= 2) {
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const int next = below[j] + size;
-      if (next <= s.num_owned && s.owned[next - 1] < chunk[j]) below[j] = next;
-    }
+  for (int j = 0; j < kEach; ++j) {
+    place[j] = entries.found[j] < 0 ? -1 : place_of(s, entries.found[j] - p.first_row);
   }
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    if (found.row[j] < 0) continue;
-    const int slot = found.row[j] - p.first_row;
-    if (below[j] < s.num_owned && s.owned[below[j]] == chunk[j]) {
-      use_place(p, s, below[j] * kSlotsPerChunk + slot % kSlotsPerChunk, slot, shared);
-    }  // else another sequence's, by a shared page
+    order[j] = place[j] >= 0 && place[j] < kKeptOrders ? shared.orders[place[j]] : kInUse;
+  }
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    if (entries.found[j] < 0) continue;
+    const int slot = entries.found[j] - p.first_row;
+    if (place[j] >= kKeptOrders) order[j] = order_of(p, s, slot);
+    if (place[j] >= 0) use_place(place[j], order[j], shared);
     p.slot_stamp[slot] = s.step;
   }
 }
@@ -148,7 +155,8 @@ __device__ __forceinline__ int* victim_at(const Segment& s, int victim, Shared& 
 // Sets threshold and ties so that the slots with order < threshold and the first `ties` slots with
 // order == threshold are `wanted` in number, or all that may go; returns how many that are.
 __device__ inline int find_threshold(int wanted, Shared& shared) {
-  const int2 here = shared.histogram[threadIdx.x];
+  const int2 all = shared.histogram[threadIdx.x], used = shared.used[threadIdx.x];
+  const int2 here{all.x - used.x, all.y - used.y};
   if (threadIdx.x == 0) {
     shared.threshold = kInUse;
     shared.ties = 0;
@@ -193,7 +201,7 @@ __device__ __forceinline__ Orders read_orders(const ResolveRowsParams& p, const 
 __device__ inline void choose_victims(const ResolveRowsParams& p, const Segment& s, int placed,
                                       bool again, Shared& shared) {
   const int threshold = shared.threshold, ties = shared.ties;
-  int below = 0, tied = 0;
+  int below = 0, tied = 0, turn = 0;
   for (int start = 0; below + min(tied, ties) < placed && start < s.num_owned * kSlotsPerChunk;
        start += kThreads * kSlotsEach) {
     const int place = start + threadIdx.x * kSlotsEach;
@@ -207,7 +215,8 @@ __device__ inline void choose_victims(const ResolveRowsParams& p, const Segment&
     if (ties == 0) is_tied = 0;  // the threshold may be kInUse
     unsigned total;              // two counts in one word: neither exceeds kThreads * kSlotsEach
     const unsigned before =
-        block_exclusive_sum(__popc(is_below) | __popc(is_tied) << 16, shared.scans[0], &total);
+        block_exclusive_sum(__popc(is_below) | __popc(is_tied) << 16, shared.scans[turn], &total);
+    turn ^= 1;
     int below_before = below + (before & 0xffff), tied_before = tied + (before >> 16);
     for (unsigned left = is_below | is_tied; left != 0; left &= left - 1) {
       const int i = __ffs(left) - 1, at = place + i;
@@ -217,65 +226,86 @@ __device__ inline void choose_victims(const ResolveRowsParams& p, const Segment&
       if (!takes || victim >= placed) continue;
       const int slot = s.owned[at / kSlotsPerChunk] * kSlotsPerChunk + at % kSlotsPerChunk;
       *victim_at(s, victim, shared) = slot;
-      if (again) use_place(p, s, at, slot, shared);
+      if (again) use_place(at, at < kKeptOrders ? shared.orders[at] : order_of(p, s, slot), shared);
     }
     below += total & 0xffff;
     tied += total >> 16;
-    __syncthreads();
   }
+  __syncthreads();
 }
 
-// Puts the miss with this key and place in the list into a slot; returns whether another sequence
-// had its row already.
+// Puts a miss into a slot; returns whether another sequence had its row already.
 template <bool kShared>
 __device__ __forceinline__ bool install(const ResolveRowsParams& p, const Segment& s,
-                                        const List& list, int key, int place, int victim,
-                                        Shared& shared) {
+                                        const List& list, Miss miss, int victim, Shared& shared) {
   const int slot = *victim_at(s, victim, shared);
   const int old = __ldcg(p.slot_key + slot);
   const int row = p.first_row + slot;
   int found = kNoRow;
   if (kShared) {
-    found = atomicCAS(&s.map[key], kNoRow, row);
+    found = atomicCAS(&s.map[miss.key], kNoRow, row);
   } else {
-    s.map[key] = row;
+    s.map[miss.key] = row;
   }
   const bool first = found == kNoRow;
-  s.src[s.fetched + victim] = key;
+  s.src[s.fetched + victim] = miss.key;
   s.dst[s.fetched + victim] = first ? row : kNoRow;
-  p.locations[list.start + place] = first ? row : found;
+  p.locations[list.start + miss.place] = first ? row : found;
   p.slot_stamp[slot] = s.step;
   if (old != kNoRow) s.map[old] = kNoRow;
-  p.slot_key[slot] = first ? key : kNoRow;
+  p.slot_key[slot] = first ? miss.key : kNoRow;
   return !first;
 }
 
-// Gives the victims to the first `placed` misses of this list, in order; found: its last tile,
-// before: the misses before this thread's, of a list of one tile. Returns how many of the thread's
+// Notes the tile's misses from number `from` on, as many as are kept; ranks: of rank_misses.
+__device__ __forceinline__ void note_misses(const Entries& entries, int tile, int ranks, int from,
+                                            Shared& shared) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const unsigned lanes_below = (1u << threadIdx.x % 32) - 1;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const unsigned misses = __ballot_sync(kAll, entries.is_miss(j));
+    const int at = __shfl_sync(kAll, ranks, j) + __popc(misses & lanes_below) - from;
+    if (entries.is_miss(j) && at >= 0 && at < kKeptMisses) {
+      shared.missing[at] = {entries.key(j), List::entry(tile, j)};
+    }
+  }
+}
+
+// Gives slots to the first `count` misses noted, from `victim` on. Returns how many of the thread's
 // had a row already.
 template <bool kShared>
+__device__ unsigned place_noted(const ResolveRowsParams& p, const Segment& s, const List& list,
+                                int victim, int count, Shared& shared) {
+  unsigned had_row = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    had_row += install<kShared>(p, s, list, shared.missing[i], victim + i, shared);
+  }
+  return had_row;
+}
+
+// Gives the victims to the first `placed` misses of the list, in order, some at a time.
+template <bool kShared>
 __device__ unsigned place_misses(const ResolveRowsParams& p, const Segment& s, const List& list,
-                                 Entries found, unsigned before, int placed, Shared& shared) {
+                                 int placed, Shared& shared) {
   unsigned had_row = 0;
   int passed = 0;
-  for (int tile = 0; passed < placed && tile < list.tiles; ++tile) {
-    unsigned total = 0;
-    if (list.tiles > 1) {
-      found = look_again(p, s, list, tile);
-      before = block_exclusive_sum(found.misses(), shared.scans[1], &total);
-    }
-    int victim = passed + before;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      if (found.row[j] != kNoRow) continue;
-      if (victim < placed) {
-        const int place = List::entry(tile) + j;
-        had_row += install<kShared>(p, s, list, found.key[j], place, victim, shared);
-      }
-      ++victim;
+#pragma unroll 1
+  for (int tile = 0; passed < placed; ++tile) {
+    const Entries entries = look_again(p, s, list, tile);
+    int total;
+    const int ranks = rank_misses(entries, shared.misses, tile, &total);
+    const int end = min(passed + total, placed);
+#pragma unroll 1
+    for (int first = passed; first < end; first += kKeptMisses) {
+      note_misses(entries, tile, ranks, first - passed, shared);
+      __syncthreads();
+      const int count = min(end - first, kKeptMisses);
+      had_row += place_noted<kShared>(p, s, list, first, count, shared);
+      __syncthreads();
     }
     passed += total;
-    if (list.tiles > 1) __syncthreads();
   }
   return had_row;
 }

@@ -390,6 +390,7 @@ def resolve_rows(
     table_pages: int,
     table_stride: int,
     keys_per_head: int,
+    shared_pages: bool,
     stream: int,
 ) -> None: ...
 def rebalance_quotas(

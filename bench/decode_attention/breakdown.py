@@ -134,6 +134,7 @@ class LayerOps:
             self.meta,
             locations=self.places,
             fetch=self.lists,
+            shared_pages=self.graded.cache.shares_pages,
         )
 
     def fetch(self) -> None:

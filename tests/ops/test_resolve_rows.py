@@ -48,6 +48,7 @@ def assert_same_lists(
         assert torch.equal(a[..., :capacity][fetched], e[..., :capacity][fetched]), name
 
 
+@pytest.mark.parametrize("shared_pages", [True, False])
 @pytest.mark.parametrize("hkv", [1, 2, 8])
 @pytest.mark.parametrize("page_size", [16, 61, 64])
 @pytest.mark.parametrize(
@@ -64,7 +65,13 @@ def assert_same_lists(
     ],
 )
 def test_steps_match_reference(
-    device: torch.device, hkv: int, page_size: int, q_lens: list[int], num_chunks: int, most: int
+    device: torch.device,
+    hkv: int,
+    page_size: int,
+    q_lens: list[int],
+    num_chunks: int,
+    most: int,
+    shared_pages: bool,
 ) -> None:
     num_seqs, pages_each = len(q_lens), -(-640 // page_size)
     num_pages = num_seqs * pages_each + 3
@@ -79,7 +86,9 @@ def test_steps_match_reference(
     for _ in range(5):
         lists = random_lists(sum(q_lens), hkv, 640, most)
         want = reference.resolve_rows(lists, want_hot, meta, counters=want_counters)
-        found = resolve_rows(to_device(lists, device), hot, on_device, counters=counters)
+        found = resolve_rows(
+            to_device(lists, device), hot, on_device, counters=counters, shared_pages=shared_pages
+        )
         assert_same_lists(lists, found, want)
         assert_same_state(hot, want_hot)
         assert torch.equal(counters.cpu(), want_counters)
@@ -89,10 +98,11 @@ def test_steps_match_reference(
     assert want_counters[COUNTER_MISSED_ROWS] > 0
 
 
+@pytest.mark.parametrize("shared_pages", [True, False])
 @pytest.mark.parametrize(
     ("q_lens", "num_chunks", "most"),
     [
-        ([1], 900, 3500),  # an entry or two a thread, several slots
+        ([1], 900, 3500),  # several entries a thread, more misses than are noted at once
         ([1], 300, 14000),  # lists of several tiles
         ([1], 900, 14000),  # hits and victims beyond the slots whose order is kept
         ([2], 900, 14000),
@@ -101,7 +111,7 @@ def test_steps_match_reference(
     ],
 )
 def test_long_lists_match_reference(
-    device: torch.device, q_lens: list[int], num_chunks: int, most: int
+    device: torch.device, q_lens: list[int], num_chunks: int, most: int, shared_pages: bool
 ) -> None:
     num_seqs, hkv, size, length = len(q_lens), 8 if len(q_lens) > 2 else 2, 16, 16000
     num_pages = num_seqs * length // size + 3
@@ -114,7 +124,9 @@ def test_long_lists_match_reference(
     for _ in range(3):
         lists = random_lists(sum(q_lens), hkv, length, most)
         want = reference.resolve_rows(lists, want_hot, meta)
-        found = resolve_rows(to_device(lists, device), hot, to_device(meta, device))
+        found = resolve_rows(
+            to_device(lists, device), hot, to_device(meta, device), shared_pages=shared_pages
+        )
         assert_same_lists(lists, found, want)
         assert_same_state(hot, want_hot)
         want_hot.step.add_(1)

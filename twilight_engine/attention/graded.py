@@ -195,6 +195,7 @@ class GradedAttention:
             locations=buffers.locations,
             fetch=buffers.fetch,
             counters=counters,
+            shared_pages=self.cache.shares_pages,
         )
         if self.cache.on_gpu:
             times = log.link_ns[self.layer]

@@ -156,6 +156,11 @@ class KVCache:
         return [i for i in range(self.model.num_layers) if i not in self.plan.dense_layers]
 
     @property
+    def shares_pages(self) -> bool:
+        """Whether two open sequences may hold one page: no, each takes pages nobody else holds."""
+        return False
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one token's K and V in one layer and KV head."""
         return 2 * self.model.head_dim * self.dtype.itemsize

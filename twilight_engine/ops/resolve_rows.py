@@ -25,6 +25,7 @@ def resolve_rows(
     locations: Tensor | None = None,
     fetch: FetchLists | None = None,
     counters: Tensor | None = None,
+    shared_pages: bool = True,
 ) -> tuple[Tensor, FetchLists]:
     """Look every list token up in the hot rows, evict for the misses, and list what to fetch.
 
@@ -47,6 +48,8 @@ def resolve_rows(
         locations: [N, Hkv, C] int32 to write to.
         fetch: lists to write to, any capacity; a full one leaves later misses at NO_ROW.
         counters: [NUM_COUNTERS] int64; adds hit, missed (fetched) and direct (NO_ROW) list entries.
+        shared_pages: sequences may have pages in common. False is faster for several sequences:
+            on a GPU, no sequence waits for the hits of the others.
     Returns: locations (entries past a count are not written) and fetch.
     Raises: ValueError for shapes or dtypes other than these.
     Source: LRU at the granularity of decode steps; see csrc/resolve_rows.cu.
@@ -89,6 +92,7 @@ def resolve_rows(
         table_pages=meta.page_table.shape[1],
         table_stride=meta.page_table.stride(0),
         keys_per_head=hot.slot_map[0].numel() if hot else 0,
+        shared_pages=shared_pages,
         num_chunks=hot.chunk_owner.shape[0] if hot else 0,
         first_row=hot.first_row if hot else 0,
         page_size=meta.page_size,
