@@ -250,23 +250,6 @@ def test_first_token_need_not_be_the_largest(device: torch.device) -> None:
     assert segment(got.exact, 0, 0).tolist() == [77]
 
 
-def test_weights_that_agree_in_their_leading_bits_are_ties(device: torch.device) -> None:
-    """Two bins of 2^-13, a bin apart: any weight of the upper one brings the others along."""
-    meta = make_meta(device, [300], page_size=16)
-    step = 2.0**-13
-    within = torch.linspace(0.2, 0.8, meta.max_len)[torch.randperm(meta.max_len)]
-    above = torch.arange(meta.max_len) % 2 == 0
-    weights = torch.where(above, 1 + (102 + within) * step, 1 + (100 + within) * step) / 512
-    scores, lse = weights.log()[None, None].to(device), torch.zeros(1, 1, device=device)
-    t, edge = torch.arange(300), int(meta.window_starts[0])
-    listed = (t >= meta.num_sink) & (t < edge)
-    resident = float(weights[:300][~listed].sum())
-    for p, chosen in ((resident + 0.01, listed & above[:300]), (resident + 0.45, listed)):
-        got, want = run_both(scores, lse, meta, p=p, num_kv_heads=1)
-        assert_same(got, want, meta)
-        assert torch.equal(segment(got.exact, 0, 0), t[chosen])
-
-
 @pytest.mark.parametrize("num_sink", [0, 40])
 def test_empty_list_region(device: torch.device, num_sink: int) -> None:
     meta = make_meta(device, [1, 16, 40], page_size=16, num_sink=num_sink, num_recent=64)
@@ -284,23 +267,6 @@ def test_row_that_sees_nothing(device: torch.device) -> None:
     got, _ = run_both(scores, lse, meta, index_p=1.0, num_kv_heads=2)
     assert (got.exact.counts[1] == 0).all() and (got.index_counts[1] == 0).all()
     assert (got.mass[1] == 0).all() and (got.exact.counts[0] > 0).all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("group_rule", ["mean", "union"])
-def test_long_rows_over_several_blocks(group_rule: str) -> None:
-    """Long enough that a row is split over the blocks of a cluster; the result is repeatable."""
-    meta = make_meta(torch.device("cuda"), [70_001, 33], page_size=64)
-    scores, lse = make_scores(meta, 8, spread=3.0)
-    options = {"index_p": 0.98, "num_kv_heads": 2, "group_rule": group_rule}
-    got, _ = run_both(scores, lse, meta, **options)
-    again, _ = run_both(scores, lse, meta, **options)
-    assert_same(got, again, meta)
-    assert_consistent(got, meta)
-    if group_rule == "mean":
-        assert (got.mass >= 0.8 * (1 - 1e-5)).all()
-    by_k, want = run_both(scores, lse, meta, k=5000, num_kv_heads=2)
-    assert torch.equal(by_k.exact.counts, want.exact.counts)
 
 
 def test_bad_arguments(device: torch.device) -> None:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from tests.compare import compare
 from tests.ops.step_meta import make_meta
-from tests.ops.test_prune import assert_consistent, assert_same, row_lse, run_both
+from tests.ops.test_prune import (
+    assert_consistent,
+    assert_same,
+    make_scores,
+    row_lse,
+    run_both,
+    segment,
+)
 from twilight_engine.layout import GRADE_EXACT, GRADE_INDEX, Pruned, StepMeta, block_of, num_blocks
 
 # Tokens of a row that rounding may carry over a threshold: those of one step of it, which in a
@@ -201,3 +208,37 @@ def test_weights_that_do_not_fit_on_the_chip(group_rule: str) -> None:
     got, want = run_both(scores, lse, meta, index_p=0.95, num_kv_heads=1)
     assert_consistent(got, meta)
     compare(got.mass, want.mass)
+
+
+def test_weights_that_agree_in_their_leading_bits_are_ties(device: torch.device) -> None:
+    """Two bins of 2^-13, a bin apart: any weight of the upper one brings the others along."""
+    meta = make_meta(device, [300], page_size=16)
+    step = 2.0**-13
+    within = torch.linspace(0.2, 0.8, meta.max_len)[torch.randperm(meta.max_len)]
+    above = torch.arange(meta.max_len) % 2 == 0
+    weights = torch.where(above, 1 + (102 + within) * step, 1 + (100 + within) * step) / 512
+    scores, lse = weights.log()[None, None].to(device), torch.zeros(1, 1, device=device)
+    t, edge = torch.arange(300), int(meta.window_starts[0])
+    listed = (t >= meta.num_sink) & (t < edge)
+    resident = float(weights[:300][~listed].sum())
+    for p, chosen in ((resident + 0.01, listed & above[:300]), (resident + 0.45, listed)):
+        got, want = run_both(scores, lse, meta, p=p, num_kv_heads=1)
+        assert_same(got, want, meta)
+        assert torch.equal(segment(got.exact, 0, 0), t[chosen])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group_rule", ["mean", "union"])
+def test_long_rows_over_several_blocks(group_rule: str) -> None:
+    """Long enough that a row is split over the blocks of a cluster; the result is repeatable."""
+    meta = make_meta(torch.device("cuda"), [70_001, 33], page_size=64)
+    scores, lse = make_scores(meta, 8, spread=3.0)
+    options = {"index_p": 0.98, "num_kv_heads": 2, "group_rule": group_rule}
+    got, _ = run_both(scores, lse, meta, **options)
+    again, _ = run_both(scores, lse, meta, **options)
+    assert_same(got, again, meta)
+    assert_consistent(got, meta)
+    if group_rule == "mean":
+        assert (got.mass >= 0.8 * (1 - 1e-5)).all()
+    by_k, want = run_both(scores, lse, meta, k=5000, num_kv_heads=2)
+    assert torch.equal(by_k.exact.counts, want.exact.counts)
