@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from twilight_engine.runtime.step_graph import garbage_kept
+
 
 def spread(times: list[float]) -> dict[str, float]:
     """Median, p10 and p90 of microseconds."""
@@ -72,7 +74,7 @@ class Replay:
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph(keep_graph=countable)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        with garbage_kept(), torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self._kept = work()  # what the graph writes must not be freed

@@ -94,11 +94,9 @@ class GradedAttention:
 
     def _attend_graded(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> list[AttendState]:
         pruned, scores, lse = self._prune(q, meta, buffers)
-        graded = None
-        if self.cache.on_gpu:
-            graded = torch.cuda.current_stream(self.cache.device).record_event()
-        locations = self._fetch(pruned.exact, meta, buffers)
-        states = self._start_lower(scores, lse, pruned, meta, graded)
+        resolved = torch.cuda.Event() if self.cache.on_gpu else None
+        locations = self._fetch(pruned.exact, meta, buffers, resolved)
+        states = self._start_lower(scores, lse, pruned, meta, resolved)
         states.append(self._attend_exact(q, pruned.exact, locations, meta))
         return states
 
@@ -108,15 +106,18 @@ class GradedAttention:
         lse: Tensor,
         pruned: Pruned,
         meta: StepMeta,
-        graded: torch.cuda.Event | None,
+        resolved: torch.cuda.Event | None,
     ) -> list[AttendState]:
-        """Attend to the grades below exact once they are known, on a stream beside the fetch."""
+        """Attend to the grades below exact, on a stream beside the fetch.
+
+        Not beside resolve: under that much traffic its chain of loads takes several times as long.
+        """
         tail = self.config.tail == "mean"
         if self.index_top_p is None and not tail:
             return []
         stream = self.cache.side_stream
-        if stream is not None and graded is not None:
-            stream.wait_event(graded)
+        if stream is not None and resolved is not None:
+            stream.wait_event(resolved)
         with torch.cuda.stream(stream):  # the current one where it is None
             state = attend_lower(
                 scores,
@@ -184,8 +185,17 @@ class GradedAttention:
         )
         return pruned, scores, lse
 
-    def _fetch(self, exact: RowLists, meta: StepMeta, buffers: StepBuffers) -> Tensor:
-        """Resolve against the hot rows, and gather what they lack; the locations of the rows."""
+    def _fetch(
+        self,
+        exact: RowLists,
+        meta: StepMeta,
+        buffers: StepBuffers,
+        resolved: torch.cuda.Event | None = None,
+    ) -> Tensor:
+        """Resolve against the hot rows, and gather what they lack; the locations of the rows.
+
+        resolved: recorded between the two.
+        """
         log = self.cache.log
         counters = log.counters[self.layer]
         locations, fetch = resolve_rows(
@@ -197,6 +207,8 @@ class GradedAttention:
             counters=counters,
             shared_pages=self.cache.shares_pages,
         )
+        if resolved is not None:
+            resolved.record(torch.cuda.current_stream(self.cache.device))
         if self.cache.on_gpu:
             times = log.link_ns[self.layer]
             gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters, times=times)

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Collect garbage now and none within: to free an old graph, say, would end a capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class StepGraphs:
@@ -52,7 +67,7 @@ class StepGraphs:
         current = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with garbage_kept(), torch.cuda.stream(self._stream):
             # Other threads may go on calling CUDA: only this one's calls are held to the rules.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
