@@ -39,7 +39,7 @@ __device__ bool append_row(const AppendRowsParams& p, int b, int n, int h,
   const int vectors_per_head = p.head_bytes / 16;
   const int64_t row_bytes = 2 * static_cast<int64_t>(p.head_bytes);
   const int64_t place = (static_cast<int64_t>(page) * p.page_size + t % p.page_size) * row_bytes;
-  char* host = p.host_kv == nullptr ? nullptr : p.host_kv + h * p.host_head_bytes + place;
+  char* host = p.host_kv + h * p.host_head_bytes + place;
   char* paged = p.pages == nullptr ? nullptr : p.pages + h * p.pages_head_bytes + place;
   char* sink = nullptr;
   char* ring = nullptr;
@@ -58,7 +58,7 @@ __device__ bool append_row(const AppendRowsParams& p, int b, int n, int h,
   for (int j = begin + threadIdx.x % 32; j < end; j += 32) {
     const char* source = j < vectors_per_head ? k + j * 16 : v + (j - vectors_per_head) * 16;
     const uint4 x = *reinterpret_cast<const uint4*>(source);
-    if (host != nullptr) *reinterpret_cast<uint4*>(host + j * 16) = x;
+    *reinterpret_cast<uint4*>(host + j * 16) = x;
     if (paged != nullptr) *reinterpret_cast<uint4*>(paged + j * 16) = x;
     if (sink != nullptr) *reinterpret_cast<uint4*>(sink + j * 16) = x;
     if (ring != nullptr) *reinterpret_cast<uint4*>(ring + j * 16) = x;
@@ -70,7 +70,7 @@ __device__ bool append_row(const AppendRowsParams& p, int b, int n, int h,
 __device__ void count_written(const AppendRowsParams& p, unsigned written, unsigned& rows) {
   if (threadIdx.x % 32 == 0 && written > 0) atomicAdd(&rows, written);
   __syncthreads();
-  if (p.counters != nullptr && p.host_kv != nullptr && threadIdx.x == 0 && rows > 0) {
+  if (p.counters != nullptr && threadIdx.x == 0 && rows > 0) {
     atomicAdd(reinterpret_cast<unsigned long long*>(p.counters + kCounterWrittenBytes),
               static_cast<unsigned long long>(rows) * 2 * p.head_bytes);
   }

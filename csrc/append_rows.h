@@ -14,7 +14,7 @@ struct AppendRowsParams {
   const char* v;
   int64_t k_stride_bytes[2];  // over N, over Hkv
   int64_t v_stride_bytes[2];
-  char* host_kv;  // [Hkv] x [P, S] rows of 2 * head_bytes, host memory mapped to the device; or null
+  char* host_kv;  // [Hkv] x [P, S] rows of 2 * head_bytes, host memory mapped to the device
   int64_t host_head_bytes;  // from one KV head's pages to the next's
   char* pages;              // as host_kv, on the device; or null
   int64_t pages_head_bytes;

@@ -27,7 +27,7 @@ from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.ops.prune import allocate_pruned, prune
 from twilight_engine.ops.resolve_rows import resolve_rows
 
-BEFORE_ATTENTION = ("append", "write_back", "select", "estimate", "prune", "resolve", "fetch")
+BEFORE_ATTENTION = ("append", "select", "estimate", "prune", "resolve", "fetch")
 ATTENTION = ("attend_lower", "attend_rows", "merge")
 OPS = (*BEFORE_ATTENTION, *ATTENTION)
 HOT_STATE = ("slot_map", "slot_key", "slot_stamp", "set_mean")
@@ -75,10 +75,8 @@ class LayerOps:
 
     def append(self) -> None:
         graded = self.graded
-        append_rows(self.k, self.v, graded.windows, None, self.meta, index=graded.index)
-
-    def write_back(self) -> None:
-        append_rows(self.k, self.v, None, self.graded.tiers.host, self.meta)
+        host, index = graded.tiers.host, graded.index
+        append_rows(self.k, self.v, graded.windows, host, self.meta, index=index)
 
     def select(self) -> None:
         graded = self.graded
@@ -192,7 +190,7 @@ def time_ops(
         restore = _restorer(layers) if name == "resolve" else lambda: None
         work = Replay(workload.device, partial(run_all, layers, name))
 
-        cold = name in ("fetch", "write_back")
+        cold = name in ("append", "fetch")  # they reach the host
 
         def before(restore: Callable[[], None] = restore, cold: bool = cold) -> None:
             restore()

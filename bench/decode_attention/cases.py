@@ -77,9 +77,8 @@ def measure(setting: Setting, workload: Workload) -> Measured:
         granules=ops.granules_by_row * step.rows.missed,
     )
     row = shape.num_kv_heads * shape.head_dim * cache.dtype.itemsize * 2
-    rows = workload.batch * row  # read, and written to the window and, by itself, to the host
-    written = {"append": 2 * rows, "write_back": 2 * rows}
-    return Measured(match, step, ops, found, {**written, **found.device})
+    append = 3 * workload.batch * row  # read, and written to the window and the host
+    return Measured(match, step, ops, found, {"append": append, **found.device})
 
 
 def metrics_of(setting: Setting, workload: Workload, found: Measured) -> dict[str, float]:

@@ -8,7 +8,6 @@ from typing import Any
 
 OPS = {
     "append": "#b9c4cc",
-    "write_back": "#dfe5e9",
     "estimate": "#35618f",
     "prune": "#5b8e7d",
     "resolve": "#a9c9bd",

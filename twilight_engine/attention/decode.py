@@ -131,7 +131,17 @@ class DecodeAttention:
         """Attention of one layer; q [B, Hq, D], k and v [B, Hkv, D] -> [B, Hq, D]."""
         tiers = self.cache.layers[layer]
         meta = self._metas[self.cache.model.sliding_windows[layer]]
-        self._append(layer, k, v, meta)
+        counters = self.cache.log.counters[layer]
+        append_rows(
+            k,
+            v,
+            tiers.windows,
+            tiers.host,
+            meta,
+            index=tiers.index,
+            counters=counters,
+            pages=tiers.pages,
+        )
         if tiers.pages is not None:
             scale = self.cache.model.softmax_scale
             state = attend_pages(q, tiers.pages, meta.page_table, meta, softmax_scale=scale)
@@ -144,32 +154,6 @@ class DecodeAttention:
         out = self._graded[layer](q, meta)
         self._audit(layer, q, out)
         return out
-
-    def _append(self, layer: int, k: Tensor, v: Tensor, meta: StepMeta) -> None:
-        """Write the step's rows to the layer's tiers.
-
-        Nothing of a graded layer's step reads them in host memory: there they are written on the
-        side stream, which GradedAttention joins.
-        """
-        tiers, counters = self.cache.layers[layer], self.cache.log.counters[layer]
-        side = self.cache.side_stream if layer in self._graded else None
-        here = None if side is not None else tiers.host
-        if side is not None:
-            known = torch.cuda.current_stream(self.cache.device).record_event()
-        append_rows(
-            k,
-            v,
-            tiers.windows,
-            here,
-            meta,
-            index=tiers.index,
-            counters=counters,
-            pages=tiers.pages,
-        )
-        if side is not None:
-            side.wait_event(known)
-            with torch.cuda.stream(side):
-                append_rows(k, v, None, tiers.host, meta, counters=counters)
 
     def _audit(self, layer: int, q: Tensor, out: Tensor) -> None:
         """Hand a graded layer that is audited in this step to the auditor."""

@@ -73,10 +73,7 @@ class GradedAttention:
             self.top_k = torch.tensor(budgets, dtype=torch.int32, device=device)
 
     def __call__(self, q: Tensor, meta: StepMeta) -> Tensor:
-        """q [N, Hq, D] -> [N, Hq, D] in q's dtype.
-
-        The step's rows are appended, or on their way to the host on the cache's side stream.
-        """
+        """q [N, Hq, D] -> [N, Hq, D] in q's dtype; the step's rows are already appended."""
         buffers = self._buffers(meta.num_queries)
         if self.config.keeps_every_row:
             exact = list_all(
@@ -86,9 +83,6 @@ class GradedAttention:
             states = [self._attend_exact(q, exact, locations, meta)]
         else:
             states = self._attend_graded(q, meta, buffers)
-        side = self.cache.side_stream
-        if side is not None:  # before anything is used again that it reads
-            torch.cuda.current_stream(self.cache.device).wait_stream(side)
         out, _ = merge_states(states, q.dtype)
         return out
 
@@ -98,7 +92,9 @@ class GradedAttention:
         locations = self._fetch(pruned.exact, meta, buffers, resolved)
         states = self._start_lower(scores, lse, pruned, meta, resolved)
         states.append(self._attend_exact(q, pruned.exact, locations, meta))
-        return states
+        if self.cache.side_stream is not None and len(states) > 1:
+            torch.cuda.current_stream(self.cache.device).wait_stream(self.cache.side_stream)
+        return states  # lse and the lower grades' state were kept until the streams met again
 
     def _start_lower(
         self,

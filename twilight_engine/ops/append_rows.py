@@ -25,7 +25,7 @@ def append_rows(
     k: Tensor,
     v: Tensor,
     windows: Windows | None,
-    host_kv: Tensor | None,
+    host_kv: Tensor,
     meta: StepMeta,
     *,
     index: IndexPages | None = None,
@@ -46,7 +46,7 @@ def append_rows(
         k, v: [N, Hkv, D] float32, float16 or bfloat16; any strides over N and Hkv.
         windows: the layer's windows, rows of k's dtype; None: a layer without.
         host_kv: [Hkv, P, S, 2D] CPU tensor (pinned and mapped where k is on a GPU), k's dtype;
-            any stride over Hkv, else contiguous. None: the tiers on the device alone.
+            any stride over Hkv, else contiguous.
         meta: the step; positions of a sequence are distinct.
         index: the layer's index, written in place. It needs windows whose window_rows are a
             multiple of S, and rows of a sequence in this step at most window_rows - S + 1, so that
@@ -60,16 +60,16 @@ def append_rows(
     n, hkv, dim = k.shape
     check_shape("v", v, (n, hkv, dim))
     check_shape("positions", meta.positions, (n,))
-    tensors = {"v": v}
-    for name, paged in (("host_kv", host_kv), ("pages", pages)):
-        if paged is not None:
-            check_shape(name, paged, (hkv, None, meta.page_size, 2 * dim))
-            tensors[name] = paged
+    tensors = {"v": v, "host_kv": host_kv}
+    if pages is not None:
+        check_shape("pages", pages, (hkv, host_kv.shape[1], meta.page_size, 2 * dim))
+        tensors["pages"] = pages
     if windows is not None:
         check_shape("windows.rows", windows.rows, (None, 2 * dim))
         tensors["windows.rows"] = windows.rows
         if windows.num_kv_heads != hkv:
             raise ValueError(f"windows.num_kv_heads is {windows.num_kv_heads}; k has {hkv} heads")
+    check_shape("host_kv", host_kv, (hkv, None, meta.page_size, 2 * dim))
     for name, tensor in tensors.items():
         check_dtype(name, tensor, k.dtype)
         if name != "v" and not tensor[0].is_contiguous():
@@ -95,7 +95,7 @@ def append_rows(
         k_stride_bytes=(k.stride(0) * size, k.stride(1) * size),
         v_stride_bytes=(v.stride(0) * size, v.stride(1) * size),
         host_kv=ptr(host_kv),
-        host_head_bytes=0 if host_kv is None else host_kv.stride(0) * size,
+        host_head_bytes=host_kv.stride(0) * size,
         pages=ptr(pages),
         pages_head_bytes=0 if pages is None else pages.stride(0) * size,
         windows=0 if windows is None else ptr(windows.rows),

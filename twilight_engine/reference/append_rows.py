@@ -13,7 +13,7 @@ def append_rows(
     k: Tensor,
     v: Tensor,
     windows: Windows | None,
-    host_kv: Tensor | None,
+    host_kv: Tensor,
     meta: StepMeta,
     *,
     index: IndexPages | None = None,
@@ -29,9 +29,8 @@ def append_rows(
         if page < 0:
             continue
         rows = torch.cat([k[n], v[n]], dim=-1)  # [Hkv, 2D]
-        if host_kv is not None:
-            host_kv[:, page, t % page_size] = rows.to(host_kv.device)
-            written += rows.numel() * rows.element_size()
+        host_kv[:, page, t % page_size] = rows.to(host_kv.device)
+        written += rows.numel() * rows.element_size()
         if pages is not None:
             pages[:, page, t % page_size] = rows
         if windows is not None:

@@ -16,16 +16,11 @@ EMPTY_PAGES = np.empty((0, 0, 0, 0), dtype=np.float32)
 
 
 @numba.njit(cache=True)
-def _write(row: Any, k: Any, v: Any) -> None:
-    row[: len(k)] = k
-    row[len(k) :] = v
-
-
-@numba.njit(cache=True)
 def _append(
     k: Any, v: Any, rows: Any, host_kv: Any, pages: Any, table: Any, slots: Any, lens: Any,
     query_seq: Any, positions: Any, page_size: int, num_sink: int, window_rows: int,
 ) -> int:  # fmt: skip
+    dim = k.shape[2]
     written = 0
     for n in range(k.shape[0]):
         b, t = query_seq[n], positions[n]
@@ -34,16 +29,16 @@ def _append(
             continue
         offset = t % page_size
         for h in range(k.shape[1]):
-            if host_kv.size:
-                _write(host_kv[h, page, offset], k[n, h], v[n, h])
-                written += 1
+            host_kv[h, page, offset, :dim] = k[n, h]
+            host_kv[h, page, offset, dim:] = v[n, h]
+            written += 1
             if pages.size:
-                _write(pages[h, page, offset], k[n, h], v[n, h])
+                pages[h, page, offset] = host_kv[h, page, offset]
             first = (slots[b] * k.shape[1] + h) * (num_sink + window_rows)
             if window_rows and t < num_sink:
-                _write(rows[first + t], k[n, h], v[n, h])
+                rows[first + t] = host_kv[h, page, offset]
             if window_rows and t >= lens[b] - window_rows:
-                _write(rows[first + num_sink + t % window_rows], k[n, h], v[n, h])
+                rows[first + num_sink + t % window_rows] = host_kv[h, page, offset]
     return written
 
 
@@ -51,7 +46,7 @@ def append_rows_cpu(
     k: Tensor,
     v: Tensor,
     windows: Windows | None,
-    host_kv: Tensor | None,
+    host_kv: Tensor,
     meta: StepMeta,
     counters: Tensor | None,
     pages: Tensor | None,
@@ -63,7 +58,7 @@ def append_rows_cpu(
         k.numpy(),
         v.numpy(),
         EMPTY_ROWS if windows is None else windows.rows.numpy(),
-        EMPTY_PAGES if host_kv is None else host_kv.numpy(),
+        host_kv.numpy(),
         EMPTY_PAGES if pages is None else pages.numpy(),
         meta.page_table.numpy(),
         meta.seq_slots.numpy(),
