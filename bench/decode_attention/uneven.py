@@ -34,7 +34,7 @@ def uneven(setting: Setting) -> None:
     tokens, means = setting.sizes.uneven
     shape, machine = setting.gqa(tokens, 1), setting.machine
     table: list[tuple[object, ...]] = []
-    with _layers(setting, shape, tokens, max(means)) as layers:
+    with layers_at(setting, shape, tokens, max(means)) as layers:
         works = {
             part: Replay(setting.device, partial(run_all, layers, *names))
             for part, names in PARTS.items()
@@ -102,10 +102,11 @@ def set_lists(layer: LayerOps, exact: Sequence[int], index: Sequence[int]) -> No
         layer.places[0, h, :num_exact] = slots[:num_exact]
         slots = slots[num_exact:]
     pruned.exact.counts.copy_(torch.tensor([exact]))
+    pruned.index_counts.copy_(torch.tensor([index]))
 
 
 @contextmanager
-def _layers(
+def layers_at(
     setting: Setting, shape: Shape, tokens: int, mean_rows: int
 ) -> Iterator[list[LayerOps]]:
     """Layers of one sequence with random rows and index, and their scores."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,13 +32,13 @@ from decode_attention.policies import (
 )
 from decode_attention.steps import StepRun, rows_of
 from decode_attention.traces import ScaledTrace, Trace, load_trace, nearest_rule, reflected
-from decode_attention.uneven import uneven_sizes
+from decode_attention.uneven import layers_at, set_lists, uneven_sizes
 from decode_attention.workload import Shape, Workload
 from torch import Tensor
 
 from tests.bench.conftest import STEPS
 from twilight_engine.config import KVConfig, SparseConfig
-from twilight_engine.layout import NO_ROW
+from twilight_engine.layout import GRADE_INDEX, NO_ROW
 
 CPU = torch.device("cpu")
 TOKENS = 1024
@@ -100,6 +102,18 @@ def test_uneven_sizes_have_the_same_total(ratio: int) -> None:
     sizes = uneven_sizes(8, 515, ratio)
     assert sum(sizes) == 8 * 515 and max(sizes) == ratio * 515 and min(sizes) >= 0
     assert sorted(sizes)[-2] - min(sizes) <= 1
+
+
+def test_uneven_lists_tell_their_sizes() -> None:
+    setting: Any = SimpleNamespace(device=CPU, dtype=torch.float32)
+    exact, index = [10, 86], [30, 4]
+    with layers_at(setting, Shape(1, 4, 2, 64), 512, 48) as layers:
+        set_lists(layers[0], exact, index)
+        pruned, places = layers[0].pruned, layers[0].places[0]
+        assert pruned.exact.counts.tolist() == [exact]
+        assert pruned.index_counts.tolist() == [index]
+        assert (pruned.grades[0] == GRADE_INDEX).sum(-1).tolist() == index
+        assert places[0, :10].unique().numel() == 10
 
 
 def test_counts_are_the_traces_own(trace_file: Path) -> None:
