@@ -47,13 +47,6 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// Element i of rows whose dtype is known at run time only.
-__device__ __forceinline__ float load_row(const void* data, int64_t i, int dtype) {
-  if (dtype == kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
-  if (dtype == kFloat16) return to_float(static_cast<const __half*>(data)[i]);
-  return static_cast<const float*>(data)[i];
-}
-
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
