@@ -14,7 +14,7 @@ from twilight_engine.eval.simulation.quantisers import (
     quantised_values,
     run_bounds,
 )
-from twilight_engine.layout import MOST_MASS
+from twilight_engine.layout import MOST_MASS, TIE_BITS
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,12 @@ class _Step:
 
 
 def _reaching(ordered: Tensor, before: Tensor, needed: Tensor) -> Tensor:
-    """The smallest prefix of descending weights whose sum reaches `needed`, with its ties."""
+    """The smallest prefix of descending weights whose sum reaches `needed`, with its ties.
+
+    Ties are weights that differ in their TIE_BITS low bits only, as in ops.prune.
+    """
     wanted = (before < needed[..., None]) & (ordered >= 0)
     count = wanted.sum(-1, keepdim=True)
-    threshold = ordered.gather(-1, (count - 1).clamp(min=0))
-    return (ordered >= threshold) & (ordered >= 0) & (count > 0)
+    leading = ordered.view(torch.int32) >> TIE_BITS
+    threshold = leading.gather(-1, (count - 1).clamp(min=0))
+    return (leading >= threshold) & (ordered >= 0) & (count > 0)
