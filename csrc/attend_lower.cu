@@ -74,7 +74,7 @@ struct LowerWorker {
     v_codes = params.v_codes + j * Ring::kCopyBytes;
     tile_at = Products::row_at(lane);
     tail_at = (lane / 16 * kPairs * Slice<kHeads>::kStride + lane % 16 * 4) * 4;
-    keep(v_codes), keep(tile_at), keep(tail_at);
+    v_codes = held(v_codes), tile_at = held(tile_at), tail_at = held(tail_at);
     __syncwarp();
   }
 
@@ -173,7 +173,7 @@ struct LowerWorker {
     // Of the lane's four tokens, half a warp takes two.
     const uint32_t two = (four << 1 & ~four) >> (lane & 16), below = (1u << lane) - 1;
     uint32_t one = two & 2, other = two & 512;
-    keep(one), keep(other);
+    one = held(one), other = held(other);
     const uint32_t ones = __ballot_sync(kAllLanes, one), others = __ballot_sync(kAllLanes, other);
     const int count = __popc(ones), token = part + lane / 16 * 2;
     uint8_t* one_at = ring.listed + __popc(ones & below);
@@ -192,7 +192,7 @@ struct LowerWorker {
       const float four[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const float weight = exp2_fast(fmaf(four[c], kLog2e, tail_reference[m]));
+        const float weight = exp2_approx(fmaf(four[c], kLog2e, tail_reference[m]));
         if (c == 0) sums[m] = 0.f;
         if ((others & 2 << 8 * c) == 0) sums[m] = c == 0 ? weight : sums[m] + weight;
       }
@@ -245,14 +245,15 @@ struct LowerWorker {
       for (int u = 0; u < 2; ++u) ring.copy_codes(v_codes, first_row + t[u], at[u], j);
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
-        if (j == 0) copy_async<4>(&ring.affine[at[u]], v_scale + (first_row + t[u]));
+        if (j == 0)
+          copy_async<4>(shared_address(&ring.affine[at[u]]), v_scale + (first_row + t[u]));
       }
 #pragma unroll
       for (int m = 0; m < kFours; ++m) {
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
           const float score = slice.scores[j + 4 * m][t[u]];
-          const float weight = exp2_fast(fmaf(score, kLog2e, index_reference[m]));
+          const float weight = exp2_approx(fmaf(score, kLog2e, index_reference[m]));
           index_sum[m] += i + 8 * u < count ? weight : 0.f;
           ring.weights[j + 4 * m][at[u]] = weight;
         }
@@ -375,7 +376,7 @@ __global__ void __launch_bounds__(kSplitThreads, blocks_an_sm(kD* kHeads))
   // Kept in registers, where the compiler would find them anew at each use.
   uint32_t ring = shared_address(shared) + threadIdx.x / 32 * sizeof(WarpRing<kD, kHeads>);
   uint32_t lane = threadIdx.x % 32;
-  keep(ring), keep(lane);
+  ring = held(ring), lane = held(lane);
   LowerWorker<kD, kHeads> worker(
       params, *static_cast<WarpRing<kD, kHeads>*>(__cvta_shared_to_generic(ring)), lane);
   wait_for_inputs();

@@ -14,40 +14,6 @@ constexpr int kCodeTokens = 16;  // of a tile
 constexpr int kRingTokens = 48;  // index tokens whose codes are on their way, or wait: three tiles
 constexpr int kMeanPages = 4;    // of a product
 constexpr int kMeanSlots = kMeanPages + kAhead - 1;
-constexpr uint32_t kAllLanes = 0xffffffffu;
-
-// Makes x a value to be kept, which the compiler would else compute anew at each use.
-__device__ __forceinline__ void keep(uint32_t& x) { asm volatile("" : "+r"(x)); }
-template <typename T>
-__device__ __forceinline__ void keep(T*& x) {
-  asm volatile("" : "+l"(x));
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void* at) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
-}
-
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
-                 "n"(kBytes)
-                 : "memory");
-  }
-}
-
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Until all but the kPending newest groups of this lane's copies are there.
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 // Up to 64 tokens of a page.
 template <int kHeads>
@@ -144,7 +110,7 @@ struct alignas(16) WarpRing {
       if (c + j >= kCopies) continue;
       const uint32_t byte = (c + j) * kCopyBytes;
       char* to = codes + at * (kChunks * 16) + ((byte / 16) ^ key(at)) * 16 + byte % 16;
-      copy_async<kCopyBytes>(to, from + c * kCopyBytes);
+      copy_async<kCopyBytes>(shared_address(to), from + c * kCopyBytes);
     }
   }
 
@@ -197,7 +163,8 @@ struct SliceSource {
     means = static_cast<const __half*>(params.v_mean);
     means = has_mean ? means + segment.h * kD + lane * 8 : nullptr;
     lane_at = lane / 16 * Slice<kHeads>::kStride + lane % 16 * 4;
-    keep(scores), keep(grades), keep(means), keep(vectors), keep(lane_at);
+    scores = held(scores), grades = held(grades), means = held(means), vectors = held(vectors),
+    lane_at = held(lane_at);
   }
 
   // The slices from this number on, a multiple of 32.
@@ -227,10 +194,11 @@ struct SliceSource {
 #pragma unroll
     for (uint32_t m = 0; m < kPairs; ++m) {
       if (2 * m + lane / 16 < num_heads) {
-        copy_async<16>(to_scores + 2 * m * Slice<kHeads>::kStride, from + 2 * m * score_capacity);
+        copy_async<16>(shared_address(to_scores + 2 * m * Slice<kHeads>::kStride),
+                       from + 2 * m * score_capacity);
       }
     }
-    if (lane < 16) copy_async<4>(&slice.grades[lane], from_grades);
+    if (lane < 16) copy_async<4>(shared_address(&slice.grades[lane]), from_grades);
   }
 
   // Leaves what the page id tells of slice `number`, and asks for the page's mean.
@@ -239,7 +207,7 @@ struct SliceSource {
     if (lane == number % 32) slice.bounds = bounds, slice.row = row;
     const __half* from = means + uint64_t{of_page} * kD;
     __half* to = mean + lane * 8;
-    if (means != nullptr) copy_async<16>(to, from);
+    if (means != nullptr) copy_async<16>(shared_address(to), from);
   }
 
   // Where no four tokens are aligned. Grades, which are too small for cp.async, come at once.
@@ -250,7 +218,7 @@ struct SliceSource {
       const float* from = scores + (at + t);
 #pragma unroll 1
       for (uint32_t head = 0; head < num_heads; ++head, from += score_capacity) {
-        copy_async<4>(&slice.scores[head][t], from);
+        copy_async<4>(shared_address(&slice.scores[head][t]), from);
       }
     }
   }

@@ -14,13 +14,6 @@ namespace twilight {
 constexpr float kCodeSteps = 16.f;          // a code c enters the products as 1 + c / 16
 constexpr uint32_t kTf32Bits = 0xFFFFE000;  // of a float, what a tf32 keeps
 
-// 2^x; 0 for -inf.
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Adds up what half a warp has of each of its heads, 2 or 4, down to 32 terms of the warp's heads:
 // lane l gets one of head l * heads / 32.
 template <int kCount>
@@ -112,7 +105,7 @@ struct LowerProducts {
                             const uint32_t (&high)[2], const uint32_t (&low)[2]) {
     const uint32_t rows = shared_address(ring.codes) + first * (kChunks * 16);
     uint32_t ones = 0x3F803F80;  // two bf16
-    keep(ones);
+    ones = held(ones);
     uint32_t a[4];
 #pragma unroll
     for (int u = 0; u < kChunks; u += 2) {

@@ -11,19 +11,6 @@
 
 namespace twilight {
 
-__device__ __forceinline__ void copy_async(uint32_t to, const char* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 template <typename T, int kD, class Source>
 struct RowStream {
   using Bytes = RowBytes<T, kD>;
@@ -77,8 +64,8 @@ struct RowStream {
       const char* from = reinterpret_cast<const char*>(
           __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(row), r));
       const bool valid = from != nullptr;
-      copy_async(to + r * Bytes::kStride + chunk * 16,
-                 valid ? from + chunk * 16 : reinterpret_cast<const char*>(q), valid);
+      copy_async_or_zero(to + r * Bytes::kStride + chunk * 16,
+                         valid ? from + chunk * 16 : reinterpret_cast<const char*>(q), valid);
     }
     return __ballot_sync(0xffffffffu, row != nullptr) & 0xffffu;
   }

@@ -10,13 +10,10 @@
 
 #include <cstdint>
 
+#include "csrc/ptx.cuh"
 #include "csrc/ranks.cuh"
 
 namespace twilight {
-
-__device__ __forceinline__ unsigned shared_address(const void* shared) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
-}
 
 // Counts the bytes that come for one exchange after the other. In shared memory.
 struct Mailbox {

@@ -11,13 +11,6 @@ namespace twilight {
 constexpr int kBatch = 32;  // tokens whose scores are written at once: two tiles
 constexpr int kStages = 2;  // pages of a warp: one in use, one under way
 constexpr unsigned kAllSeen = 15;
-constexpr float kLog2E = 1.44269504f;
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Four floats at once, which the compiler makes four stores of.
 __device__ __forceinline__ void store_vector(float* to, const float (&x)[4]) {
@@ -251,14 +244,14 @@ class ListWarp {
         const float (&x)[4] = batch[h];
         top = fmaxf(top, fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
       }
-      const float shift = -kLog2E * top;
-      float sum = state[h].sum * exp2_approx(fmaf(state[h].max, kLog2E, shift));
+      const float shift = -kLog2e * top;
+      float sum = state[h].sum * exp2_approx(fmaf(state[h].max, kLog2e, shift));
 #pragma unroll
       for (const auto& batch : scores) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-          const float first = exp2_approx(fmaf(batch[h][i], kLog2E, shift));
-          sum += first + exp2_approx(fmaf(batch[h][i + 1], kLog2E, shift));
+          const float first = exp2_approx(fmaf(batch[h][i], kLog2e, shift));
+          sum += first + exp2_approx(fmaf(batch[h][i + 1], kLog2e, shift));
         }
       }
       state[h].sum = sum;

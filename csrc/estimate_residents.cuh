@@ -32,7 +32,7 @@ __device__ void prefetch_residents(const EstimateScoresParams& p, const Segment&
   const int bytes = D * (p.row_dtype == kFloat32 ? 4 : 2), half = lane % 2 * (bytes / 2);
   const char* key = static_cast<const char*>(p.rows) + resident.row * 2 * bytes + half;
   for (int at = 0; at < bytes / 2; at += 128) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(key + at));
+    prefetch(key + at);
   }
 }
 

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "csrc/ptx.cuh"
+
 namespace twilight {
 
 // The float 1.5 * 2^23, and its bits: a small integer added to it, as a float or as an integer to
@@ -14,17 +16,6 @@ constexpr float kShifter = 12582912.0f;
 constexpr int kShifterBits = 0x4B400000;
 constexpr float kFixedRange = 32600.0f;  // 127 * 256 + 127, and some room for roundings
 constexpr uint32_t kFlipped = 0x80808080;
-
-// Keeps a value in a register, where the compiler would compute it anew at each use.
-template <typename T>
-__device__ __forceinline__ T held(T x) {
-  if constexpr (sizeof(T) == 8) {
-    asm volatile("" : "+l"(x));
-  } else {
-    asm volatile("" : "+r"(x));
-  }
-  return x;
-}
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

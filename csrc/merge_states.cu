@@ -44,10 +44,6 @@ struct Joined {
   }
 };
 
-__device__ __forceinline__ void prefetch(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 template <typename T, int kD>
 __global__ void __launch_bounds__(kThreads) merge_states_kernel(MergeStatesParams params) {
   constexpr int kQuads = kD / 4, kAtOnce = kThreads / kQuads;

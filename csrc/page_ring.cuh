@@ -7,16 +7,6 @@
 
 namespace twilight {
 
-template <int kBytes>
-__device__ __forceinline__ void copy_async(uint32_t to, const uint8_t* from) {
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes)
-                 : "memory");
-  }
-}
-
 template <int D, int kTokens, int kStages>
 class PageRing {
  public:
@@ -26,8 +16,7 @@ class PageRing {
   static constexpr int kBytes = kStages * kStageBytes;
 
   __device__ PageRing(uint8_t* memory, int lane)
-      : address_(held(static_cast<uint32_t>(__cvta_generic_to_shared(memory)))),
-        lane_(held(lane)) {}
+      : address_(held(shared_address(memory))), lane_(held(lane)) {}
 
   __device__ const uint8_t* codes(int turn) const {
     return static_cast<const uint8_t*>(__cvta_shared_to_generic(stage(turn)));
@@ -80,11 +69,11 @@ class PageRing {
   }
 
   // Ends what was copied since the last call: one call a stage, in order, even if it is empty.
-  __device__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  __device__ void commit() const { commit_copies(); }
 
   // Waits for the oldest stage, kStages of them having been begun since its turn.
   __device__ void wait() const {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+    wait_copies<kStages - 1>();
     __syncwarp();
   }
 

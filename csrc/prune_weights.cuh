@@ -8,7 +8,6 @@
 namespace twilight {
 
 constexpr int kHeads = 4;  // whose scores for a tile are on their way together
-constexpr float kLog2E = 1.4426950408889634f;
 
 // How a launch is laid out.
 struct Plan {
@@ -93,20 +92,13 @@ struct Share {
         ((each + (more > 0) + block_warps - 1) >> log_warps) * unit;  // tokens of a warp
     tokens = min(stop - start, int(block_warps) * (most / 2 + 4));
     run.kept_tiles = plan.kept_tiles;
-    run.kept = hold(shared_address(tiles + in_block * plan.kept_tiles * kTile));
+    run.kept = held(shared_address(tiles + in_block * plan.kept_tiles * kTile));
     // Rounded up to tiles the rest of a row still fits its C floats, for what is kept is more.
     const int rest = max(0, (most + 3 + kTile - 1) / kTile - plan.kept_tiles) * kTile;
     run.rest = reinterpret_cast<int*>(p.weights) + (row * p.capacity + 3) / 4 * 4 +
                int64_t(rank * block_warps + in_block) * rest;
   }
 };
-
-// 2^x to two units in the last place; 0 below 2^-126.
-__device__ __forceinline__ float exp2_approximately(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // A head's share of a mean weight is 2^(score * log2(e) + offset) * factor.
 struct HeadScale {
@@ -115,9 +107,9 @@ struct HeadScale {
   // Of the mean over `heads`. The factor mends what the offset, which may be far larger than the
   // sum, is rounded by.
   __device__ __forceinline__ HeadScale(float lse, float heads) {
-    const float product = lse * kLog2E;
+    const float product = lse * kLog2e;
     offset = -product;
-    factor = __fdividef(exp2_approximately(-fmaf(lse, kLog2E, -product)), heads);
+    factor = __fdividef(exp2_approx(-fmaf(lse, kLog2e, -product)), heads);
   }
   __device__ __forceinline__ explicit HeadScale(unsigned shared) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
@@ -127,7 +119,7 @@ struct HeadScale {
   }
   // But for the factor.
   __device__ __forceinline__ float weight(float score) const {
-    return exp2_approximately(fmaf(score, kLog2E, offset));
+    return exp2_approx(fmaf(score, kLog2e, offset));
   }
 };
 
@@ -292,7 +284,7 @@ __device__ __forceinline__ Masses take_weights(const Share& s, const PruneParams
                                                SelectShared& shared) {
   Masses masses;
   const uint4* histogram = shared.histograms[state.num_passes & 1];
-  const unsigned part = part_of(histogram, kParts), first_scale = hold(shared_address(scales));
+  const unsigned part = part_of(histogram, kParts), first_scale = held(shared_address(scales));
   const Rounding rounding(state.drop);
   const Adder<kPlain> adder(shared.targets, histogram, 0, state.drop);
   const Adder<kPlain>* by_target = kPlain || share_first(shared.targets) ? nullptr : &adder;

@@ -4,6 +4,7 @@
 
 #include "csrc/block_scan.cuh"
 #include "csrc/common.cuh"
+#include "csrc/ptx.cuh"
 #include "csrc/resolve_lists.cuh"
 #include "csrc/resolve_rows.h"
 
@@ -43,10 +44,6 @@ __device__ __forceinline__ int eviction_order(int key, int stamp, int step) {
 
 __device__ __forceinline__ int order_of(const ResolveRowsParams& p, const Segment& s, int slot) {
   return eviction_order(__ldcg(p.slot_key + slot), __ldcg(p.slot_stamp + slot), s.step);
-}
-
-__device__ __forceinline__ void prefetch(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // Lists the chunks lent to this owner and fills s.places; returns their number.

@@ -13,13 +13,13 @@
 
 #include "csrc/common.cuh"
 #include "csrc/dependent_launch.cuh"
+#include "csrc/ptx.cuh"
 #include "csrc/split_attend.h"
 
 namespace twilight {
 
 constexpr int kSplitWarps = 4;
 constexpr int kSplitThreads = 32 * kSplitWarps;
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kNegInf = -INFINITY;
 
@@ -101,7 +101,6 @@ __device__ inline int2 slots_of(int index, int first, int last, const Deal& deal
 // the merge.
 template <class Worker>
 __device__ bool find_range(const Worker& worker, const SplitWork& work, UnitRange& range) {
-  constexpr unsigned kAllLanes = 0xffffffffu;
   const int lane = threadIdx.x % 32, block = blockIdx.x, num_blocks = gridDim.x;
   const int segments = num_segments(work), per_lane = (segments + 31) / 32;
   const int first = min(segments, lane * per_lane), last = min(segments, first + per_lane);

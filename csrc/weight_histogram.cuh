@@ -23,13 +23,6 @@ constexpr int kNothing = INT_MAX;    // a threshold that no weight's bits reach
 constexpr int kEverything = 0;       // one that each candidate's do
 constexpr int kExactTarget = 0;
 constexpr int kIndexTarget = 1;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-// Keeps the compiler from computing a value anew at each use in a loop.
-__device__ __forceinline__ unsigned hold(unsigned value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
 
 // A warp's tokens and the bits of their weights, by tile; those of no candidate are negative.
 struct Run {
@@ -109,13 +102,13 @@ struct Rounding {
   int drop;       // bits to round off
   unsigned bias;  // the leading bit, and half a step
 
-  __device__ explicit Rounding(int drop) : drop(drop), bias(hold(0x800000 + (1u << drop >> 1))) {}
+  __device__ explicit Rounding(int drop) : drop(drop), bias(held(0x800000 + (1u << drop >> 1))) {}
   __device__ unsigned mantissa(int bits) const { return ((bits & 0x7fffff) + bias) >> drop; }
 };
 
 // The address of the first bin's part for this lane, of `parts` parts a target.
 __device__ inline unsigned part_of(const uint4* histogram, int parts) {
-  return hold(shared_address(histogram) + threadIdx.x % parts * unsigned(sizeof(unsigned)));
+  return held(shared_address(histogram) + threadIdx.x % parts * unsigned(sizeof(unsigned)));
 }
 
 __device__ __forceinline__ void add_shared(unsigned address, unsigned value) {
