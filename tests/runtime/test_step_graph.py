@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from tests.runtime.tiny import CONFIG, KV, prompt_ids, tiny_llm
 from twilight_engine import LLM, KVConfig, RequestOutput, SamplingParams, SparseConfig
 from twilight_engine.attention.selectors import DoubleSparsitySelector, LayerView
 from twilight_engine.attention.step import bucket
+from twilight_engine.runtime.step_graph import garbage_kept
 
 LENGTHS = [150, 40, 97]
 PRESETS = ("balanced", "lean", "paper")
@@ -140,3 +143,23 @@ def test_a_selector_that_waits_is_refused_with_a_reason() -> None:
         run(llm, SparseConfig())  # the engine lives on
     with tiny_llm(device="cuda", enforce_eager=True) as llm:
         run(llm, sparse)
+
+
+class Knot:
+    """Refers to itself, so that only a collection frees it."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+def test_garbage_is_collected_before_and_not_within() -> None:
+    old = weakref.ref(Knot())
+    assert old() is not None
+    with pytest.raises(RuntimeError, match="the step failed"), garbage_kept():
+        assert old() is None
+        new = weakref.ref(Knot())
+        for _ in range(10 * sum(gc.get_threshold())):
+            Knot()
+        assert new() is not None
+        raise RuntimeError("the step failed")
+    assert gc.isenabled()
