@@ -10,6 +10,9 @@
 // rows), a block owns a (sequence, KV head), or its K or V alone: after its rows it also indexes,
 // from the ring, each page that they complete, which nobody else has a row of. Most steps complete
 // none; but equal sequences complete theirs in one step, so few of them get many threads.
+//
+// The next kernel is let in once this one's wait is over: all that was launched before has ended
+// then, which estimate_scores relies on (dependent_launch.cuh).
 #include "csrc/append_rows.h"
 #include "csrc/common.cuh"
 #include "csrc/dependent_launch.cuh"
@@ -80,8 +83,8 @@ __global__ void __launch_bounds__(kThreads) append_rows_kernel(AppendRowsParams 
   __shared__ unsigned rows;
   if (threadIdx.x == 0) rows = 0;
   __syncthreads();
-  let_next_start();
   wait_for_inputs();
+  let_next_start();
   const int64_t num_rows = static_cast<int64_t>(p.num_queries) * p.num_kv_heads;
   unsigned written = 0;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; i < num_rows;
@@ -109,8 +112,8 @@ __global__ void __launch_bounds__(kBlock, 1024 / kBlock)
   const int parts = gridDim.y == 1 ? kKeys | kValues : blockIdx.y == 0 ? kKeys : kValues;
   if (threadIdx.x == 0) rows = 0;
   __syncthreads();
-  let_next_start();
   wait_for_inputs();
+  let_next_start();
   const int begin = p.cu_seqlens_q[b], end = p.cu_seqlens_q[b + 1];
   unsigned written = 0;
   for (int n = begin + threadIdx.x / 32; n < end; n += kBlock / 32) {

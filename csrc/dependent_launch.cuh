@@ -16,9 +16,13 @@
 //   before the sequence's end, the window at least num_recent >= page_size before it. The pages of
 //   list tokens were completed in earlier steps, or by index_pages, which lets the next kernel
 //   start only when they are written.
-// Other callers of estimate_scores keep to the same: the kernel just before it writes neither. All
-// else that it touches, queries, resident rows and whatever it writes, comes after the wait: the
-// step's append, or the layer before, may still be at it.
+// Other callers of estimate_scores keep to the same: the kernel just before it writes neither.
+//
+// Right behind the step's append_rows (p.behind_append) it waits for the resident rows alone, which
+// the append may still be writing: append_rows lets the next kernel start only when its own wait is
+// over, so that all that was launched before it has ended, the makers of the queries and the last
+// users of scores and workspace among them. Otherwise all else that it touches comes after the
+// wait.
 #pragma once
 
 #include <cuda_runtime.h>

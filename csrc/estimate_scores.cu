@@ -203,17 +203,17 @@ __global__ void __launch_bounds__(kThreads<D>, kBlocksPerSm)
     rows.find(p, made.begin(p, blockIdx.x), made.begin(p, blockIdx.x + 1), s);
     if (lane == 0) schedule = made;
   }
-  for (bool waited = !p.early;; waited = true) {
+  for (bool ready = !p.early || p.behind_append;; ready = true) {
     __syncthreads();
     if (s.begin == s.end) break;
     const int first = s.begin + warp, residents = min(s.end, p.residents);
     StagedQuery<D> query;
-    if (waited) query.load(p, s);
+    if (ready) query.load(p, s);
     for (int i = first; i < residents; i += kWarps<D>) prefetch_residents<D>(p, s, i, lane);
     const Schedule items{p.residents, p.pieces};  // all that pages need, and in no registers
     ListWarp<D, kPerToken> pages(p, items, s, ring, first, kWarps<D>, lane);
     pages.start();
-    if (!waited) {  // until here: metadata, pages of list tokens and hints (dependent_launch.cuh)
+    if (!ready) {  // until here: metadata, pages of list tokens and hints (dependent_launch.cuh)
       wait_for_inputs();
       query.load(p, s);
     }
@@ -221,10 +221,11 @@ __global__ void __launch_bounds__(kThreads<D>, kBlocksPerSm)
     query.store(p, s, q);
     __syncthreads();
     Softmax state[2];
+    pages.run(q, state);
+    if (first < residents) wait_for_inputs();  // behind an append: for the step's row alone
     for (int i = first; i < residents; i += kWarps<D>) {
       resident_scores<D>(p, s, i, q, lane, state);
     }
-    pages.run(q, state);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       state[i].template merge_lanes<4>();

@@ -231,6 +231,7 @@ def estimate_scores(
     row_dtype: int,
     per_token: bool,
     early: bool,
+    behind_append: bool,
     drop: bool,
     softmax_scale: float,
     codes_page_stride: int,

@@ -43,7 +43,8 @@ def test_workspace_serves_any_number_of_steps() -> None:
 
 
 @pytest.mark.gpu
-def test_right_behind_an_append_that_completes_pages() -> None:
+@pytest.mark.parametrize("behind_append", (False, True))
+def test_right_behind_an_append_that_completes_pages(behind_append: bool) -> None:
     """It may start before the append has ended, and then sees the rows and pages that it writes."""
     meta = make_meta(torch.device("cuda"), [64 * 9, 64 * 40], page_size=64, num_recent=128)
     case = make_case(meta, head_dim=128, dtype=torch.bfloat16)
@@ -59,8 +60,9 @@ def test_right_behind_an_append_that_completes_pages() -> None:
         for _ in range(3):
             append_rows(k, v, case.windows, host, meta, index=case.index)
             estimate_scores(
-                *arguments, softmax_scale=0.1, scores=scores, lse=lse, workspace=workspace
-            )
+                *arguments, softmax_scale=0.1, scores=scores, lse=lse, workspace=workspace,
+                behind_append=behind_append,
+            )  # fmt: skip
     for _ in range(20):
         k.normal_()
         graph.replay()

@@ -160,6 +160,7 @@ class GradedAttention:
             scores=buffers.scores,
             errors=errors,
             workspace=buffers.estimate,
+            behind_append=candidates is None,
         )
         pruned = prune(
             scores,

@@ -116,6 +116,7 @@ def _launch(
     lse: Tensor,
     errors: Tensor | None,
     workspace: Tensor | None,
+    behind_append: bool,
 ) -> None:
     num_rows, num_q_heads, head_dim = q.shape
     launch.check_head_dim(head_dim)
@@ -157,6 +158,7 @@ def _launch(
         row_dtype=launch.row_dtype("q", q),
         per_token=index.k_index == "int4_token",
         early=_may_start_early(windows, meta, candidates),
+        behind_append=behind_append,
         drop=left_out == "drop",
         softmax_scale=softmax_scale,
         codes_page_stride=index.k_codes.stride(0),
@@ -180,6 +182,7 @@ def estimate_scores(
     lse: Tensor | None = None,
     errors: Tensor | None = None,
     workspace: Tensor | None = None,
+    behind_append: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Logits of every visible token: from INT4 codes, or exact for resident tokens.
 
@@ -205,6 +208,9 @@ def estimate_scores(
             each page with list tokens (ops.estimate_errors); other entries are arbitrary.
         workspace: from allocate_workspace, for this many rows or more (CUDA only). One launch at a
             time may use it; None: a new one, which costs a launch.
+        behind_append: the kernel launched just before this op on its stream is the step's
+            append_rows, or one of torch's. In a plain decode step a GPU then waits for nothing of
+            the append but the resident rows.
     Returns: scores, lse.
     Raises: ValueError for shapes, dtypes or a left_out other than these; NotImplementedError for a
         head_dim or dtype without a kernel.
@@ -222,7 +228,7 @@ def estimate_scores(
         _launch(
             launch.aligned_rows(q.contiguous()), index, windows, meta, softmax_scale=softmax_scale,
             candidates=candidates, block=block, left_out=left_out, scores=scores, lse=lse,
-            errors=errors, workspace=workspace,
+            errors=errors, workspace=workspace, behind_append=behind_append,
         )  # fmt: skip
         return scores, lse
     if q.dtype != torch.float32:
