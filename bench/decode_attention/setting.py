@@ -38,7 +38,7 @@ class Sizes:
     table7_rows: int  # surviving rows a head of the preset `paper`
     policies: tuple[int, ...]
     breakdown: tuple[tuple[int, int], ...]  # (tokens, batch)
-    uneven: tuple[int, tuple[int, ...]]  # tokens, mean exact rows a head
+    uneven: tuple[int, tuple[int, ...], tuple[int, ...]]  # tokens, mean exact rows a head, batches
     graph: int  # tokens of a step whose kernels have next to nothing to do
 
 
@@ -53,7 +53,7 @@ SIZES = {
         table7_rows=256,
         policies=(8 << 10, 32 << 10, 128 << 10),
         breakdown=((32 << 10, 1), (128 << 10, 1), (128 << 10, 8)),
-        uneven=(128 << 10, (512, 1024, 4096)),
+        uneven=(128 << 10, (512, 1024, 4096), (1, 8)),
         graph=512,
     ),
     "tiny": Sizes(
@@ -66,7 +66,7 @@ SIZES = {
         table7_rows=32,
         policies=(512, 1024),
         breakdown=((1024, 1),),
-        uneven=(1024, (48,)),
+        uneven=(1024, (48,), (1, 2)),
         graph=512,
     ),
 }

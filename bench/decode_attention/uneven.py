@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -30,48 +31,58 @@ PARTS = {"rows": ("attend_rows",), "attend": ATTENTION}
 
 
 def uneven(setting: Setting) -> None:
-    """`uneven/<mean rows>/max<ratio>`: attention over the exact rows, and over all grades."""
-    tokens, means = setting.sizes.uneven
-    shape, machine = setting.gqa(tokens, 1), setting.machine
-    table: list[tuple[object, ...]] = []
-    with layers_at(setting, shape, tokens, max(means)) as layers:
-        works = {
-            part: Replay(setting.device, partial(run_all, layers, *names))
-            for part, names in PARTS.items()
-        }
-        for mean in means:
-            even: dict[str, float] = {}
-            for ratio in (r for r in RATIOS if r <= shape.num_kv_heads):
-                sizes = uneven_sizes(shape.num_kv_heads, mean, ratio)
-                index = uneven_sizes(shape.num_kv_heads, int(INDEX_SHARE * tokens), ratio)
-                for layer in layers:
-                    set_lists(layer, sizes, index)
-                found = _bytes(layers[0], sum(sizes), sum(index))
-                metrics = {"hbm_gbps": machine.rates.hbm_gbps, "max_rows": float(max(sizes))}
-                for part, names in PARTS.items():
-                    times = time_work(
-                        setting.device,
-                        works[part],
-                        repeats=setting.repeats,
-                        before=machine.flush_l2,
-                    )
-                    us = spread([t / len(layers) for t in times])["us"]
-                    gbps = sum(found.device[name] for name in names) / us / 1e3
-                    prefix = "" if part == "rows" else "attend_"
-                    over = us / even.setdefault(part, us) - 1
-                    metrics |= {
-                        f"{prefix}us": us,
-                        f"{prefix}gbps": gbps,
-                        f"{prefix}over_even": over,
-                    }
-                setting.keep(f"uneven/{mean}/max{ratio}", metrics, traced=False)
-                table.append(_row(f"{mean}/max{ratio}", metrics))
-    part_headers = ("us", "GB/s", "of HBM", "over even")
-    print_table(
-        f"uneven head budgets at {tokens} tokens, batch 1, rows hot: attend_rows; all grades",
-        ("mean rows/max to mean", *part_headers, *(f"all: {name}" for name in part_headers)),
-        table,
-    )
+    """`uneven/<mean rows>/max<ratio>`: attention over the exact rows, and over all grades.
+
+    Of one sequence; names of larger batches, all of whose sequences are alike, end in /b<batch>.
+    """
+    tokens, means, batches = setting.sizes.uneven
+    for batch in batches:
+        table: list[tuple[object, ...]] = []
+        with layers_at(setting, setting.gqa(tokens, batch), tokens, batch, max(means)) as layers:
+            works = {
+                part: Replay(setting.device, partial(run_all, layers, *names))
+                for part, names in PARTS.items()
+            }
+            for mean in means:
+                table += _measure(setting, layers, works, mean)
+        part_headers = ("us", "GB/s", "of HBM", "over even")
+        print_table(
+            f"uneven head budgets at {tokens} tokens, batch {batch}, rows hot: attend_rows; "
+            "all grades",
+            ("mean rows/max to mean", *part_headers, *(f"all: {name}" for name in part_headers)),
+            table,
+        )
+
+
+def _measure(
+    setting: Setting, layers: list[LayerOps], works: dict[str, Replay], mean: int
+) -> list[tuple[object, ...]]:
+    """Records and table rows of lists of this mean size, one for each ratio."""
+    machine, meta = setting.machine, layers[0].meta
+    batch, heads = meta.num_seqs, layers[0].cache.model.num_kv_heads
+    even: dict[str, float] = {}
+    table = []
+    for ratio in (r for r in RATIOS if r <= heads):
+        sizes = uneven_sizes(heads, mean, ratio)
+        index = uneven_sizes(heads, int(INDEX_SHARE * meta.max_len), ratio)
+        for layer in layers:
+            set_lists(layer, sizes, index)
+        found = _bytes(layers[0], batch * sum(sizes), batch * sum(index))
+        metrics = {"hbm_gbps": machine.rates.hbm_gbps, "max_rows": float(max(sizes))}
+        for part, names in PARTS.items():
+            times = time_work(
+                setting.device, works[part], repeats=setting.repeats, before=machine.flush_l2
+            )
+            us = spread([t / len(layers) for t in times])["us"]
+            gbps = sum(found.device[name] for name in names) / us / 1e3
+            prefix = "" if part == "rows" else "attend_"
+            over = us / even.setdefault(part, us) - 1
+            metrics |= {f"{prefix}us": us, f"{prefix}gbps": gbps, f"{prefix}over_even": over}
+        name = f"{mean}/max{ratio}"
+        suffix = "" if batch == 1 else f"/b{batch}"
+        setting.keep(f"uneven/{name}{suffix}", metrics, traced=False)
+        table.append(_row(name, metrics))
+    return table
 
 
 def uneven_sizes(num_heads: int, mean: int, ratio: int) -> list[int]:
@@ -84,34 +95,38 @@ def uneven_sizes(num_heads: int, mean: int, ratio: int) -> list[int]:
 
 
 def set_lists(layer: LayerOps, exact: Sequence[int], index: Sequence[int]) -> None:
-    """Random lists of these sizes, a KV head each, in place; every exact row has a hot slot."""
+    """Random lists of these sizes, a KV head each, in place; every exact row has a hot slot.
+
+    Every sequence has lists of the same sizes.
+    """
     pruned, meta, hot = layer.pruned, layer.meta, layer.graded.tiers.hot
-    assert hot is not None and meta.num_seqs == 1
+    assert hot is not None
     device, first, last = pruned.grades.device, meta.num_sink, int(meta.window_starts[0])
     slots = torch.randperm(hot.slot_key.shape[0], device=device).int() + hot.first_row
     pruned.grades.fill_(GRADE_EXACT)
     pruned.grades[..., first:last] = GRADE_TAIL
-    for h, (num_exact, num_index) in enumerate(zip(exact, index, strict=True)):
+    for b, h in product(range(meta.num_seqs), range(len(exact))):
+        num_exact, num_index = exact[h], index[h]
         tokens = torch.randperm(last - first, device=device).int() + first
         chosen, lower = (
             x.sort().values for x in tokens[: num_exact + num_index].tensor_split([num_exact])
         )
-        pruned.grades[0, h, chosen.long()] = GRADE_EXACT
-        pruned.grades[0, h, lower.long()] = GRADE_INDEX
-        pruned.exact.tokens[0, h, :num_exact] = chosen
-        layer.places[0, h, :num_exact] = slots[:num_exact]
+        pruned.grades[b, h, chosen.long()] = GRADE_EXACT
+        pruned.grades[b, h, lower.long()] = GRADE_INDEX
+        pruned.exact.tokens[b, h, :num_exact] = chosen
+        layer.places[b, h, :num_exact] = slots[:num_exact]
         slots = slots[num_exact:]
-    pruned.exact.counts.copy_(torch.tensor([exact]))
-    pruned.index_counts.copy_(torch.tensor([index]))
+    pruned.exact.counts.copy_(torch.tensor(exact))
+    pruned.index_counts.copy_(torch.tensor(index))
 
 
 @contextmanager
 def layers_at(
-    setting: Setting, shape: Shape, tokens: int, mean_rows: int
+    setting: Setting, shape: Shape, tokens: int, batch: int, mean_rows: int
 ) -> Iterator[list[LayerOps]]:
-    """Layers of one sequence with random rows and index, and their scores."""
+    """Layers of `batch` sequences with random rows and index, and their scores."""
     heads = shape.num_kv_heads
-    chunks = -(-heads * mean_rows // SLOTS_PER_CHUNK) + 1
+    chunks = -(-batch * heads * mean_rows // SLOTS_PER_CHUNK) + 1
     row_bytes = 2 * shape.head_dim * setting.dtype.itemsize
     slot_bytes = chunks * SLOTS_PER_CHUNK * (row_bytes + 16)
     config = KVConfig(dense_layers=(), hot_bytes=shape.num_layers * slot_bytes)
@@ -119,12 +134,13 @@ def layers_at(
         shape,
         config,
         max_model_len=tokens,
-        max_num_seqs=1,
+        max_num_seqs=batch,
         device=setting.device,
         dtype=setting.dtype,
     ) as cache:
-        sequence = cache.open_sequence(tokens)
-        sequence.length = tokens - 1
+        sequences = [cache.open_sequence(tokens) for _ in range(batch)]
+        for sequence in sequences:
+            sequence.length = tokens - 1
         for tiers in cache.layers:
             assert tiers.windows is not None and tiers.index is not None
             tiers.windows.rows.normal_()
@@ -132,7 +148,7 @@ def layers_at(
                 getattr(tiers.index, name).random_(256)
             for name in ("k_scale", "v_scale", "v_mean"):
                 getattr(tiers.index, name).normal_(std=0.05)
-        decode = PolicyDecode(cache, [sequence], BALANCED)
+        decode = PolicyDecode(cache, sequences, BALANCED)
         decode.begin_step()
         decode.advance()
         yield [_layer(decode, i, setting) for i in range(shape.num_layers)]
@@ -142,7 +158,8 @@ def _layer(decode: PolicyDecode, i: int, setting: Setting) -> LayerOps:
     shape = decode.cache.model
 
     def random(heads: int) -> Tensor:
-        return torch.randn(1, heads, shape.head_dim, device=setting.device, dtype=setting.dtype)
+        rows = len(decode.sequences), heads, shape.head_dim
+        return torch.randn(rows, device=setting.device, dtype=setting.dtype)
 
     q, k, v = random(shape.num_q_heads), random(shape.num_kv_heads), random(shape.num_kv_heads)
     layer = LayerOps(decode.layers[i], q, k, v, decode.meta)
@@ -156,12 +173,12 @@ def _bytes(layer: LayerOps, exact: int, index: int) -> StepBytes:
     meta, cache = layer.meta, layer.cache
     shape = cache.model
     start = int(meta.window_starts[0])
-    heads = shape.num_kv_heads
+    heads = meta.num_seqs * shape.num_kv_heads
     listed, resident = (start - meta.num_sink), meta.max_len - start + meta.num_sink
     tail = heads * listed - exact - index
     return step_bytes(
         Rows(exact, index, tail, resident=heads * resident, missed=0),
-        group=shape.num_q_heads // heads,
+        group=shape.num_q_heads // shape.num_kv_heads,
         batch_heads=heads,
         head_dim=shape.head_dim,
         itemsize=cache.dtype.itemsize,

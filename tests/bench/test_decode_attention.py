@@ -31,7 +31,7 @@ def test_every_case_leaves_its_records(records: dict[str, dict[str, float]]) -> 
     assert {f"context-sweep/{t}/b{b}" for t in (512, 1024) for b in (1, 2)} <= names
     assert {f"batch-sweep/512/b{b}" for b in (1, 2)} <= names
     assert {"paper-table7/1024", "breakdown/1024/b1", "graph/nodes"} <= names
-    assert {"uneven/48/max1", "uneven/48/max2"} <= names
+    assert {"uneven/48/max1", "uneven/48/max2", "uneven/48/max1/b2"} <= names
     assert {n.split("/")[1] for n in names if n.startswith("policies/")} == POLICIES
     assert {name.split("/")[0] for name in names} == set(CASES)
 

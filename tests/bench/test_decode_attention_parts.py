@@ -107,13 +107,13 @@ def test_uneven_sizes_have_the_same_total(ratio: int) -> None:
 def test_uneven_lists_tell_their_sizes() -> None:
     setting: Any = SimpleNamespace(device=CPU, dtype=torch.float32)
     exact, index = [10, 86], [30, 4]
-    with layers_at(setting, Shape(1, 4, 2, 64), 512, 48) as layers:
+    with layers_at(setting, Shape(1, 4, 2, 64), 512, 2, 48) as layers:
         set_lists(layers[0], exact, index)
-        pruned, places = layers[0].pruned, layers[0].places[0]
-        assert pruned.exact.counts.tolist() == [exact]
-        assert pruned.index_counts.tolist() == [index]
-        assert (pruned.grades[0] == GRADE_INDEX).sum(-1).tolist() == index
-        assert places[0, :10].unique().numel() == 10
+        pruned, places = layers[0].pruned, layers[0].places
+        assert pruned.exact.counts.tolist() == [exact] * 2
+        assert pruned.index_counts.tolist() == [index] * 2
+        assert (pruned.grades == GRADE_INDEX).sum(-1).tolist() == [index] * 2
+        assert places[:, 0, :10].unique().numel() == 20
 
 
 def test_counts_are_the_traces_own(trace_file: Path) -> None:
