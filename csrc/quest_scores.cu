@@ -6,9 +6,10 @@
 //
 // A warp owns a stretch of up to 32 blocks of tokens of a (query row, KV head): each lane finds the
 // record of one, from metadata alone, before the kernel's inputs are there. Then the warp takes a
-// tile of them at a time: a lane loads 16 bytes of either bound of a few blocks, those of the next
-// tile while it runs through up to four heads of this one; more heads read the stretch again, from
-// the L2. Bytes moved: 4 * D a block of tokens and KV head, N times for N rows of one sequence.
+// tile of them at a time: a lane copies 16 bytes of either bound of a few blocks to shared memory,
+// tiles ahead of the one whose scores it adds up for up to four heads; it alone reads them again.
+// More heads read the stretch again, from the L2. Bytes moved: 4 * D a block of tokens and KV head,
+// N times for N rows of one sequence.
 // Source: Quest (Tang et al., ICML 2024).
 #include <algorithm>
 
@@ -28,24 +29,24 @@ constexpr int kLeastStretch = 8, kMostStretch = 32;  // blocks of tokens a warp
 // Stretches grow until the warps of all run at once on 132 SMs.
 constexpr int64_t kMostWarps = 132 * kBlocksPerSm * kWarps;
 
+// 8 KiB a warp, 128 an SM: at 3.1 TB/s, 5 us of its share of the memory's throughput.
+constexpr int kRingPieces = 16;
+
 // kLanes: that hold a block's channels. kHeads: that are scored at once.
 template <int kLanes, int kHeads>
 struct Tile {
   static constexpr int kAbreast = 32 / kLanes;
-  static constexpr int kDeep = kHeads == 4 ? 2 : 4;  // a tile of loads and one in use fit registers
+  static constexpr int kDeep = kHeads == 4 ? 2 : 4;
   static constexpr int kBlocks = kAbreast * kDeep;
   static constexpr int kValues = kDeep * kHeads;  // of which a lane holds a part
   static_assert(kBlocks <= kMostStretch && kValues <= kLanes);
+  static constexpr int kStages = kRingPieces / (2 * kDeep);
 };
 
-// The two rows of a block's record: (scale, min) or (min, max).
-struct Bounds {
-  uint4 first, second;
-};
-
-template <typename T>
-struct alignas(16) Channels {
-  T x[kLaneChannels];
+// A warp's copies of bounds: a piece is what its lanes hold of one of the two rows, (scale, min) or
+// (min, max), of a record each.
+struct Ring {
+  uint4 pieces[kRingPieces][32];
 };
 
 // The record of block j, or kNoRow where it holds no list token. From metadata alone.
@@ -94,18 +95,24 @@ __device__ __forceinline__ float sum_over_lanes(float (&x)[kValues], int lane) {
 // What a lane's channels of the two rows are multiplied by; zeros for channels that are none.
 template <typename T, int kHeads>
 struct Factors {
+  static constexpr int kWords = kLaneChannels * sizeof(T) / sizeof(uint4);
   float first[kHeads][kLaneChannels], second[kHeads][kLaneChannels];
 
   __device__ Factors(const T* q, int dim, int channel, int heads, bool by_channel) {
     const bool inside = channel < dim;
-    if (!inside) channel = 0;
+    uint4 words[kHeads][kWords];
 #pragma unroll
     for (int g = 0; g < kHeads; ++g) {
-      const T* row = q + min(g, heads - 1) * dim;
-      const auto loaded = *reinterpret_cast<const Channels<T>*>(row + channel);
+      const T* row = q + min(g, heads - 1) * dim + (inside ? channel : 0);
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) words[g][w] = reinterpret_cast<const uint4*>(row)[w];
+    }
+#pragma unroll
+    for (int g = 0; g < kHeads; ++g) {
 #pragma unroll
       for (int i = 0; i < kLaneChannels; ++i) {
-        const float x = inside ? to_float(loaded.x[i]) : 0.0f, positive = fmaxf(x, 0.0f);
+        const float loaded = to_float(reinterpret_cast<const T*>(words[g])[i]);
+        const float x = inside ? loaded : 0.0f, positive = fmaxf(x, 0.0f);
         first[g][i] = by_channel ? 15.0f * positive : fminf(x, 0.0f);
         second[g][i] = by_channel ? x : positive;
       }
@@ -113,29 +120,63 @@ struct Factors {
   }
 };
 
-// Scores a stretch's blocks whose bit in `valid` is set for up to kHeads heads. record: of block
-// `lane` of the stretch, one that can be read also for the others.
+// Copies a tile's bounds to shared memory, from block `first` of the stretch on; record: of block
+// `lane` of the stretch.
+template <typename Tile>
+__device__ __forceinline__ void copy_tile(const char* lane_bounds, unsigned row_bytes, int record,
+                                          int first, int side, uint4* to) {
+#pragma unroll
+  for (int u = 0; u < Tile::kDeep; ++u) {
+    const unsigned at = __shfl_sync(kAllLanes, record, first + u * Tile::kAbreast + side);
+    const char* row = lane_bounds + uint64_t{at} * (2 * row_bytes);
+    copy_async<16>(shared_address(to + 2 * u * 32), row);
+    copy_async<16>(shared_address(to + (2 * u + 1) * 32), row + row_bytes);
+  }
+}
+
+// Adds up a lane's part of each (head, block) of a tile, heads outermost.
+template <typename Tile, typename T, int kHeads>
+__device__ __forceinline__ void add_tile(const Factors<T, kHeads>& factors, const uint4* pieces,
+                                         float (&sums)[Tile::kValues]) {
+#pragma unroll
+  for (int u = 0; u < Tile::kDeep; ++u) {
+    float first[kLaneChannels], second[kLaneChannels];
+    unpack(pieces[2 * u * 32], first);
+    unpack(pieces[(2 * u + 1) * 32], second);
+#pragma unroll
+    for (int g = 0; g < kHeads; ++g) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kLaneChannels; ++i) {
+        sum = fmaf(factors.first[g][i], first[i], sum);
+        sum = fmaf(factors.second[g][i], second[i], sum);
+      }
+      sums[g * Tile::kDeep + u] = sum;
+    }
+  }
+}
+
+// Scores a stretch's blocks whose bit in `valid` is set for up to kHeads heads. record: one that
+// can be read also for the others.
 template <typename T, int kLanes, int kHeads>
 __device__ __forceinline__ void score_heads(const QuestScoresParams& p, const T* q, int heads,
-                                            int record, unsigned valid, int stretch,
+                                            int record, unsigned valid, int stretch, Ring& ring,
                                             float* scores) {
   using Tile = Tile<kLanes, kHeads>;
   const int lane = threadIdx.x % 32, side = lane / kLanes, dim = p.head_dim;
   const int channel = lane % kLanes * kLaneChannels;
-  const unsigned row_bytes = dim * sizeof(__half);
   const char* lane_bounds =
       static_cast<const char*>(p.bounds) + (channel < dim ? channel * sizeof(__half) : 0);
-  Bounds loaded[Tile::kDeep];
-  const auto load = [&](int first) {
-#pragma unroll
-    for (int u = 0; u < Tile::kDeep; ++u) {
-      const unsigned at = __shfl_sync(kAllLanes, record, first + u * Tile::kAbreast + side);
-      const char* row = lane_bounds + uint64_t{at} * (2 * row_bytes);
-      loaded[u] = {*reinterpret_cast<const uint4*>(row),
-                   *reinterpret_cast<const uint4*>(row + row_bytes)};
+  uint4* pieces = &ring.pieces[0][lane];
+  const auto copy = [&](int first) {
+    const int stage = first / Tile::kBlocks % Tile::kStages;
+    if (first < stretch) {
+      copy_tile<Tile>(lane_bounds, dim * sizeof(__half), record, first, side,
+                      pieces + stage * Tile::kDeep * 2 * 32);
     }
+    commit_copies();
   };
-  load(0);
+  for (int i = 0; i < Tile::kStages - 1; ++i) copy(i * Tile::kBlocks);
   const Factors<T, kHeads> factors(q, dim, channel, heads, p.by_channel);
   const int value = lane % Tile::kValues, own_head = value / Tile::kDeep;
   const int own_block = value % Tile::kDeep * Tile::kAbreast + side;
@@ -144,35 +185,21 @@ __device__ __forceinline__ void score_heads(const QuestScoresParams& p, const T*
   valid = stores ? valid >> own_block : 0;
 #pragma unroll 1
   for (int first = 0; first < stretch; first += Tile::kBlocks) {
-    Bounds bounds[Tile::kDeep];
-#pragma unroll
-    for (int u = 0; u < Tile::kDeep; ++u) bounds[u] = loaded[u];
-    if (first + Tile::kBlocks < stretch) load(first + Tile::kBlocks);
+    copy(first + (Tile::kStages - 1) * Tile::kBlocks);  // to the stage read last
+    wait_copies<Tile::kStages - 1>();
+    const int stage = first / Tile::kBlocks % Tile::kStages;
     float sums[Tile::kValues];
-#pragma unroll
-    for (int u = 0; u < Tile::kDeep; ++u) {
-      float one[kLaneChannels], two[kLaneChannels];
-      unpack(bounds[u].first, one);
-      unpack(bounds[u].second, two);
-#pragma unroll
-      for (int g = 0; g < kHeads; ++g) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kLaneChannels; ++i) {
-          sum = fmaf(factors.first[g][i], one[i], sum);
-          sum = fmaf(factors.second[g][i], two[i], sum);
-        }
-        sums[g * Tile::kDeep + u] = sum;
-      }
-    }
+    add_tile<Tile>(factors, pieces + stage * Tile::kDeep * 2 * 32, sums);
     const float sum = sum_over_lanes<kLanes>(sums, lane);
     if (valid >> first & 1) scores[first] = sum * p.softmax_scale;
   }
+  wait_copies<0>();
 }
 
 template <typename T, int kLanes, int kHeads>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     quest_scores_kernel(QuestScoresParams p, int per_page, int stretch) {
+  __shared__ Ring rings[kWarps];
   let_next_start();
   const int n = blockIdx.z, h = blockIdx.y, lane = threadIdx.x % 32;
   const int begin = (blockIdx.x * kWarps + threadIdx.x / 32) * stretch;
@@ -195,6 +222,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 #pragma unroll 1
   for (int g = 0; g < group; g += kHeads) {
     score_heads<T, kLanes, kHeads>(p, q + g * p.head_dim, group - g, record, valid, stretch,
+                                   rings[threadIdx.x / 32],
                                    scores + static_cast<int64_t>(g) * p.num_blocks);
   }
 }
