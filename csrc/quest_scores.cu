@@ -43,8 +43,8 @@ struct Tile {
   static constexpr int kDeep = kHeads == 4 ? 2 : 4;
   static constexpr int kBlocks = kAbreast * kDeep;
   static constexpr int kValues = kDeep * kHeads;  // of which a lane holds a part
-  static_assert(kBlocks <= kMostStretch && kValues <= kLanes);
   static constexpr int kStages = kRingPieces / (2 * kDeep);
+  static_assert(kBlocks <= kMostStretch && kValues <= kLanes);
 };
 
 // A warp's copies of bounds: a piece is what its lanes hold of one of the two rows, (scale, min) or

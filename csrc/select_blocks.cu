@@ -26,7 +26,7 @@ constexpr int kFewThreads = 512, kMostThreads = 1024;
 constexpr int kFewBlocks = 4 * kFewThreads;  // blocks of tokens for which few threads are enough
 constexpr int kMostKept = 16384;  // keys in shared memory; beyond: read from scores in each pass
 constexpr int kMostRanks = 8;
-constexpr int kBatch = 4;  // scores a thread loads before it uses the first
+constexpr int kBatch = 8;  // scores a thread loads before it uses the first: 8192 in one go
 constexpr int kPasses = 3;
 constexpr int kPassBits = 11;
 constexpr int kBins = 1 << kPassBits;
@@ -246,8 +246,9 @@ cudaError_t launch(const SelectBlocksParams& p, int ranks, cudaStream_t stream) 
 cudaError_t launch_select_blocks(const SelectBlocksParams& p, cudaStream_t stream) {
   const int group = p.num_q_heads / p.num_kv_heads;
   if (group == 1) return launch<true>(p, 1, stream);
+  const int most = can_launch_dependent() ? std::min(group, kMostRanks) : 1;
   int ranks = 1;
-  while (can_launch_dependent() && 2 * ranks <= std::min(group, kMostRanks)) ranks *= 2;
+  while (2 * ranks <= most) ranks *= 2;
   return launch<false>(p, ranks, stream);
 }
 
