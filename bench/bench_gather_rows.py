@@ -8,11 +8,16 @@ sequence of 131,072 tokens (64 MB a head at 512 bytes); `us` is for one layer. W
 same with the clustered lists of a recorded decode: `trace` those rows of a set that the 16 steps
 before did not have, `trace-sets` whole sets. Translations are cold: a repeat reads regions of the
 arena that were last read more than 1 GB of granules ago.
+With --beside, `rows512/beside-dense` and `beside-random`: 211 rows of each of 8 sequences and 8
+heads, alone (`us`) and while another stream reads device memory at its full rate (`beside_us`);
+`reader_us` and `reader_beside_us` are that stream's time for 512 MB, `copy_us` is the gather's from
+its first block's start to its last one's end, without the wait for a place on the GPU.
 Needs a CUDA device and the arena's bytes of free host memory; 64 GB take about 10 seconds.
 
     python bench/bench_gather_rows.py --trace selection_trace.npz --json
     python bench/bench_gather_rows.py --arena-gb 1                     # a quick check
     python bench/bench_gather_rows.py --sweep                          # numbers of blocks
+    python bench/bench_gather_rows.py --beside --json                  # beside reads of HBM
 
 Targets: 95 % of the link's rate at 512-byte rows, one every 16 KB or less, 85 % at 256 bytes; 20,
 50 and 115 us a layer for 64, 256 and 1,024 rows a head.
@@ -29,17 +34,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from decode_attention.machine import granules_of
 from decode_attention.timing import Replay, spread, time_work
 from decode_attention.traces import require_file
+from gather_beside import Beside
 from gather_lists import (
     DEVICE,
     FULL_ROW_BYTES,
     LAYERS,
-    PAGE_SIZE,
     REPEATS,
     Arena,
     Lists,
+    beside_rows,
     random_passes,
     scattered,
     spaced,
@@ -59,6 +64,7 @@ SHARE_TARGETS = {512: 0.95, 256: 0.85}  # of the link's rate, by row bytes
 TARGET_SPACING = 16 << 10
 TARGET_ARENA_GB = 64  # a smaller one has warm translations
 SWEEP = (16, 32, 64, 128)  # thread blocks
+BESIDE_BLOCKS = (8, 16, 64)
 
 
 class Bench:
@@ -121,13 +127,7 @@ class Bench:
         measured = time_work(DEVICE, replay, repeats=REPEATS, before=before)
         times = spread([us / LAYERS for us in measured])
         rows = float(np.mean([float(p.counts.sum()) / LAYERS for p in passes]))
-        stride = arena.host.strip_pages * PAGE_SIZE * FULL_ROW_BYTES
-        granules = np.mean(
-            [
-                granules_of(first.src[i], first.counts[i], FULL_ROW_BYTES, stride)
-                for i in range(LAYERS)
-            ]
-        )
+        granules = np.mean([arena.granules(first.src[i], first.counts[i]) for i in range(LAYERS)])
         more = {
             "rows": rows,
             "granules": float(granules),
@@ -136,6 +136,12 @@ class Bench:
         self._keep(case, num_blocks, times, rows * FULL_ROW_BYTES / times["us"] / 1e3, more)
         if times["us"] > most_us:
             self.missed.append(case)
+
+    def beside(self, case: str, make: Callable[[], Tensor], reads: Beside, num_blocks: int) -> None:
+        """512-byte rows of one layer at a time, alone and while device memory is read."""
+        metrics = reads.measure(make, num_blocks)
+        gbps = metrics["rows"] * FULL_ROW_BYTES / metrics["us"] / 1e3
+        self._keep(case, num_blocks, metrics, gbps, {})
 
     def _keep(
         self,
@@ -194,12 +200,23 @@ def run_sweep(bench: Bench, trace: Path | None) -> None:
             bench.bulk(f"rows{row_bytes}/dense", make, row_bytes, num_blocks=num_blocks)
 
 
+def run_beside(bench: Bench) -> None:
+    """A step's misses beside a reader of device memory, by numbers of blocks."""
+    reads = Beside(bench.arena)
+    for num_blocks in BESIDE_BLOCKS:
+        for name, dense in (("dense", True), ("random", False)):
+            make = partial(beside_rows, bench.arena, dense=dense)
+            bench.beside(f"rows{FULL_ROW_BYTES}/beside-{name}", make, reads, num_blocks)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--arena-gb", type=int, default=64, help="host memory to read from (default: %(default)s)")
     add("--trace", type=Path, help="recorded selections, for lists that cluster as real ones do")
-    add("--sweep", action="store_true", help="numbers of blocks instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--sweep", action="store_true", help="numbers of blocks instead")
+    instead.add_argument("--beside", action="store_true", help="beside reads of HBM instead")
     add(
         "--json",
         type=Path,
@@ -221,12 +238,14 @@ def main() -> int:
     bench = Bench(Arena(args.arena_gb), args.json)
     if args.sweep:
         run_sweep(bench, args.trace)
+    elif args.beside:
+        run_beside(bench)
     else:
         for row_bytes in ROW_BYTES:
             run_bulk(bench, row_bytes)
         run_steps(bench, args.trace)
     bench.arena.host.close()
-    if args.sweep or args.arena_gb < TARGET_ARENA_GB:
+    if args.sweep or args.beside or args.arena_gb < TARGET_ARENA_GB:
         return 0
     verdict = f"targets missed: {', '.join(bench.missed)}" if bench.missed else "all targets met"
     print(f"{BENCH}: {verdict}; the link's rate is {bench.arena.link_gbps:.1f} GB/s")

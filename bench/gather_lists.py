@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from decode_attention.machine import granules_of
 from decode_attention.timing import spread, time_work
 from decode_attention.traces import ScaledTrace, load_trace, nearest_rule
 from harness import L2_FLUSH_BYTES
@@ -22,6 +23,7 @@ LAYERS, HKV, PAGE_SIZE, HEAD_DIM = 32, 8, 64, 128
 FULL_ROW_BYTES = 4 * HEAD_DIM  # K and V in bfloat16
 SEQUENCE_BYTES = 64 << 20  # a head's rows of one sequence
 BULK_BYTES = 64 << 20  # a repeat moves up to so much: far above launch costs
+BESIDE_BATCH, BESIDE_ROWS = 8, 211  # what a decode step misses: 6.9 MB in all
 TRACE_SHARE, TRACE_STEP, KEPT_STEPS = 0.007, 32, 16
 REPEATS = 10
 DEVICE = torch.device("cuda")
@@ -75,13 +77,26 @@ class Arena:
         """Rows of a (layer, head)."""
         return self.host.num_pages * PAGE_SIZE * FULL_ROW_BYTES // row_bytes
 
-    def gather(self, layer: int, fetch: FetchLists, row_bytes: int, num_blocks: int) -> None:
+    def gather(
+        self,
+        layer: int,
+        fetch: FetchLists,
+        row_bytes: int,
+        num_blocks: int,
+        times: Tensor | None = None,
+    ) -> None:
         gather_rows(
             self.layer(layer, row_bytes),
             fetch,
             self.rows.view(-1, row_bytes // 2),
+            times=times,
             num_blocks=num_blocks,
         )
+
+    def granules(self, src: Tensor, counts: Tensor) -> int:
+        """Granules of address translation in one layer's lists [B, Hkv, C] of whole rows."""
+        stride = self.host.strip_pages * PAGE_SIZE * FULL_ROW_BYTES
+        return granules_of(src, counts, FULL_ROW_BYTES, stride)
 
     def flush_l2(self) -> None:
         self._flush.add_(1)
@@ -126,6 +141,18 @@ def random_passes(arena: Arena, count: int) -> list[Lists]:
         rows = torch.randint(0, tokens, (LAYERS, 1, HKV, count), device=DEVICE)
         passes.append(Lists.full(rows.sort(dim=-1).values + i % many * tokens))
     return passes
+
+
+def beside_rows(arena: Arena, *, dense: bool) -> Tensor:
+    """[8, Hkv, 211] rows of 8 sequences that share the arena, ascending: neighbours, or random."""
+    tokens = arena.rows_each(FULL_ROW_BYTES) // BESIDE_BATCH
+    each = (BESIDE_BATCH, HKV)
+    if dense:
+        starts = torch.randint(0, tokens - BESIDE_ROWS + 1, (*each, 1), device=DEVICE)
+        rows = starts + torch.arange(BESIDE_ROWS, device=DEVICE)
+    else:
+        rows = torch.randint(0, tokens, (*each, BESIDE_ROWS), device=DEVICE).sort(dim=-1).values
+    return rows + tokens * torch.arange(BESIDE_BATCH, device=DEVICE)[:, None, None]
 
 
 def trace_passes(arena: Arena, path: Path, *, misses: bool) -> list[Lists]:

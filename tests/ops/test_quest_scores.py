@@ -51,6 +51,37 @@ def test_quest_scores(
 
 
 @pytest.mark.parametrize("k_index", ["int4_channel", "int4_token"])
+@pytest.mark.parametrize(
+    ("dim", "group"), [(64, 1), (80, 9), (128, 1), (128, 2), (128, 5), (256, 4)]
+)
+def test_long_rows_of_several_queries(
+    device: torch.device, dim: int, group: int, k_index: KIndex
+) -> None:
+    """Warps own stretches of 32 blocks, the last of them cut short; q starts anywhere."""
+    size = 61
+    meta = make_meta(
+        device, [150 * size + 7, 97 * size], q_lens=[3, 2], page_size=size, sliding=5000
+    )
+    heads = 32 if group == 1 else 8
+    index, _ = filled_index(meta, heads, dim, k_index, device)
+    q = torch.randn(1 + 5 * heads * group * dim, device=device)[1:].view(5, heads * group, dim)
+    options = {"softmax_scale": dim**-0.5, "block": index.candidate_block}
+    scores = quest_scores(q, index, meta, **options)
+    compare(scores, quest_scores_reference(q, index, meta, **options), factor=2.0)
+
+
+def test_equal_bounds_have_equal_scores(device: torch.device) -> None:
+    meta = make_meta(device, [100 * 64], page_size=64, num_sink=0)
+    index, _ = filled_index(meta, 2, 128, "int4_token", device)
+    assert index.k_bounds is not None
+    index.k_bounds[:] = index.k_bounds[:1, :, :1].clone()
+    q = torch.randn(1, 10, 128, device=device)
+    scores = quest_scores(q, index, meta, softmax_scale=1.0, block=index.candidate_block)
+    listed = scores[:, :, : 99 * 4]
+    assert torch.equal(listed, listed[:, :, :1].expand_as(listed))
+
+
+@pytest.mark.parametrize("k_index", ["int4_channel", "int4_token"])
 @pytest.mark.parametrize("sliding", [None, 70])
 def test_bounds_hold_for_every_list_token(
     device: torch.device, sliding: int | None, k_index: KIndex

@@ -34,6 +34,35 @@ def test_select_blocks(
     assert torch.equal(actual, select_blocks_reference(scores, meta, **options))
 
 
+@pytest.mark.parametrize("budget", [0.1, 1.0, 7, 5000])
+@pytest.mark.parametrize("group", [1, 2, 5, 8, 9])
+@pytest.mark.parametrize("tokens", [2047, 2050, 8193, 17000])
+def test_long_rows(device: torch.device, tokens: int, group: int, budget: float) -> None:
+    """Few threads and many; keys in shared memory and beyond; clusters that share a group out."""
+    meta = make_meta(device, [tokens, 100], q_lens=[2, 1], page_size=16)
+    total = num_blocks(meta.max_len, 1, 16)
+    scores = torch.randn(3, 2 * group, total) * torch.logspace(-30, 3, total)
+    scores[0, ::2] = scores[0, ::2].round()  # ties
+    scores[1, :, : total // 2] = (
+        7 + scores[1, :, : total // 2] * 1e-6
+    )  # many leading bits in common
+    scores[2, 0] = -torch.inf
+    scores[:, :, 3::7] = -torch.inf
+    scores = scores.to(device)
+    options = {"budget": budget, "block": 1, "page_size": 16, "num_kv_heads": 2}
+    candidates = torch.full((3, 2, total), 255, dtype=torch.uint8, device=device)
+    select_blocks(scores, meta, candidates=candidates, **options)
+    assert torch.equal(candidates, select_blocks_reference(scores, meta, **options))
+
+
+def test_nothing_is_listed(device: torch.device) -> None:
+    meta = make_meta(device, [10], page_size=16)
+    for group in (1, 4):
+        scores = torch.ones(1, 2 * group, num_blocks(meta.max_len, 16, 16), device=device)
+        kept = select_blocks(scores, meta, budget=0.5, block=16, page_size=16, num_kv_heads=2)
+        assert not kept.any()
+
+
 def test_ties_keep_the_lower_block(device: torch.device) -> None:
     meta = make_meta(device, [400], page_size=16)
     scores = torch.zeros(1, 2, num_blocks(meta.max_len, 16, 16), device=device)

@@ -8,6 +8,7 @@ from torch import Tensor
 from twilight_engine.layout import IndexPages, StepMeta, num_blocks
 from twilight_engine.ops.cpu.quest_scores import quest_scores_cpu
 from twilight_engine.ops.launch import (
+    aligned_rows,
     check_dtype,
     check_head_dim,
     check_shape,
@@ -67,6 +68,7 @@ def quest_scores(
         return scores
     dtype = row_dtype("q", q)
     check_head_dim(dim)
+    q = aligned_rows(q)
     by_channel = index.k_bounds is None
     kernels().quest_scores(
         q=ptr(q),
