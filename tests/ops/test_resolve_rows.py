@@ -104,7 +104,7 @@ def test_steps_match_reference(
     [
         ([1], 900, 3500),  # several entries a thread, more misses than are noted at once
         ([1], 300, 14000),  # lists of several tiles
-        ([1], 900, 14000),  # hits and victims beyond the slots whose order is kept
+        ([1], 900, 14000),
         ([2], 900, 14000),
         ([2, 1], 700, 6000),
         ([1] * 9, 2500, 900),
@@ -123,6 +123,30 @@ def test_long_lists_match_reference(
     hot = to_device(want_hot, device)
     for _ in range(3):
         lists = random_lists(sum(q_lens), hkv, length, most)
+        want = reference.resolve_rows(lists, want_hot, meta)
+        found = resolve_rows(
+            to_device(lists, device), hot, to_device(meta, device), shared_pages=shared_pages
+        )
+        assert_same_lists(lists, found, want)
+        assert_same_state(hot, want_hot)
+        want_hot.step.add_(1)
+        hot.step.add_(1)
+
+
+@pytest.mark.parametrize("shared_pages", [True, False])
+def test_lists_at_a_tiles_end_match_reference(device: torch.device, shared_pages: bool) -> None:
+    """Lists about as long as a tile; hits and victims among slots whose order is not kept."""
+    size, length, num_seqs = 16, 24000, 2  # the second wants nothing
+    num_pages, q_lens = num_seqs * length // size, [1] * num_seqs
+    meta = make_meta(random_page_table(num_seqs, length // size, num_pages), size, q_lens=q_lens)
+    want_hot = make_hot(
+        num_chunks=700, num_pages=num_pages, hkv=1, page_size=size, num_seqs=num_seqs
+    )
+    want_hot.chunk_owner.fill_(0)
+    hot = to_device(want_hot, device)
+    for count in (20000, 8191, 8192, 8193, 1025, 4097, 16384):
+        tokens = torch.randperm(length)[:count].sort().values.int()
+        lists = RowLists(tokens.expand(num_seqs, 1, -1).contiguous(), int32([[count], [0]]))
         want = reference.resolve_rows(lists, want_hot, meta)
         found = resolve_rows(
             to_device(lists, device), hot, to_device(meta, device), shared_pages=shared_pages
