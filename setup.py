@@ -71,7 +71,9 @@ class BuildWithNvcc(build_ext):
             # Ours alone: torch loads a shared CUDA runtime into the global scope, and calls that
             # reach a mix of both crash.
             ext.extra_link_args.append("-Wl,--exclude-libs,ALL")
-            ext.extra_objects += self.compile_kernels(nvcc)
+            objects = self.compile_kernels(nvcc)
+            ext.extra_objects += objects
+            ext.depends += objects  # linked again when only a kernel has changed
         super().build_extension(ext)
 
     def compile_kernels(self, nvcc: Path) -> list[str]:
