@@ -176,7 +176,7 @@ __device__ __forceinline__ Entries look_up(const ResolveRowsParams& p, const Seg
                                            int tile) {
   Entries entries;
   entries.left = left_of(list.count, tile);
-  read_tokens(p, list, tile, list.early, list.count);
+  if (list.early < list.count) read_tokens(p, list, tile, list.early, list.count);
   int key[kEach] = {};
   if (s.map != nullptr) {
     entries.for_each([&](int j) {
