@@ -71,20 +71,12 @@ class ZeroCopyRows(OpenGraded):
                 f"{self.most_rows} rows takes {lists * self.most_rows}"
             )
 
-    def _fetch(
-        self,
-        exact: RowLists,
-        meta: StepMeta,
-        buffers: StepBuffers,
-        resolved: torch.cuda.Event | None = None,
-    ) -> Tensor:
+    def _fetch(self, exact: RowLists, meta: StepMeta, buffers: StepBuffers) -> Tensor:
         most = self.most_rows
         fetch = staged_lists(exact, meta, self._hot.first_row, most)
         buffers.locations[..., :most] = fetch.dst
         buffers.locations[..., most:] = NO_ROW
         counters = self.cache.log.counters[self.layer]
-        if resolved is not None:
-            resolved.record(torch.cuda.current_stream(self.cache.device))
         gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
         self.cache.log.record_layer(self.layer, {MISSED: fetch.counts, DIRECT: fetch.direct})
         return buffers.locations

@@ -21,10 +21,14 @@ from twilight_engine.ops.attend_lower import attend_lower
 from twilight_engine.ops.attend_rows import attend_rows
 from twilight_engine.ops.attend_workspace import AttendState
 from twilight_engine.ops.estimate_scores import estimate_scores
-from twilight_engine.ops.gather_rows import gather_rows
+from twilight_engine.ops.gather_rows import NUM_BLOCKS, gather_rows
 from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.ops.prune import list_all, prune
 from twilight_engine.ops.resolve_rows import resolve_rows
+
+# Blocks of a gather beside the lower grades, at least: the more of its reads are in flight, the
+# slower they are, while a long list is not fetched sooner. A short one is.
+LEAST_BLOCKS = 16
 
 
 class GradedAttention:
@@ -63,6 +67,7 @@ class GradedAttention:
         def floats(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)
 
+        self.has_lower = config.index_top_p is not None or config.tail == "mean"
         self.top_p = floats([c.attn_top_p for c in configs])
         self.index_top_p = None
         if config.index_top_p is not None:
@@ -88,11 +93,14 @@ class GradedAttention:
 
     def _attend_graded(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> list[AttendState]:
         pruned, scores, lse = self._prune(q, meta, buffers)
-        resolved = torch.cuda.Event() if self.cache.on_gpu else None
-        locations = self._fetch(pruned.exact, meta, buffers, resolved)
-        states = self._start_lower(scores, lse, pruned, meta, resolved)
+        graded = None
+        if self.cache.on_gpu:
+            graded = torch.cuda.Event()
+            graded.record(torch.cuda.current_stream(self.cache.device))
+        locations = self._fetch(pruned.exact, meta, buffers)
+        states = self._start_lower(scores, lse, pruned, meta, graded)
         states.append(self._attend_exact(q, pruned.exact, locations, meta))
-        if self.cache.side_stream is not None and len(states) > 1:
+        if self.cache.side_stream is not None and self.has_lower:
             torch.cuda.current_stream(self.cache.device).wait_stream(self.cache.side_stream)
         return states  # lse and the lower grades' state were kept until the streams met again
 
@@ -102,18 +110,17 @@ class GradedAttention:
         lse: Tensor,
         pruned: Pruned,
         meta: StepMeta,
-        resolved: torch.cuda.Event | None,
+        graded: torch.cuda.Event | None,
     ) -> list[AttendState]:
-        """Attend to the grades below exact, on a stream beside the fetch.
+        """Attend to the grades below exact, on a stream beside resolve and fetch.
 
-        Not beside resolve: under that much traffic its chain of loads takes several times as long.
+        graded: recorded when prune was done.
         """
-        tail = self.config.tail == "mean"
-        if self.index_top_p is None and not tail:
+        if not self.has_lower:
             return []
         stream = self.cache.side_stream
-        if stream is not None and resolved is not None:
-            stream.wait_event(resolved)
+        if stream is not None and graded is not None:
+            stream.wait_event(graded)
         with torch.cuda.stream(stream):  # the current one where it is None
             state = attend_lower(
                 scores,
@@ -121,7 +128,7 @@ class GradedAttention:
                 pruned.grades,
                 self.index,
                 meta,
-                tail=tail,
+                tail=self.config.tail == "mean",
                 index_counts=pruned.index_counts,
             )
         return [state]
@@ -182,17 +189,8 @@ class GradedAttention:
         )
         return pruned, scores, lse
 
-    def _fetch(
-        self,
-        exact: RowLists,
-        meta: StepMeta,
-        buffers: StepBuffers,
-        resolved: torch.cuda.Event | None = None,
-    ) -> Tensor:
-        """Resolve against the hot rows, and gather what they lack; the locations of the rows.
-
-        resolved: recorded between the two.
-        """
+    def _fetch(self, exact: RowLists, meta: StepMeta, buffers: StepBuffers) -> Tensor:
+        """Resolve against the hot rows, and gather what they lack; the locations of the rows."""
         log = self.cache.log
         counters = log.counters[self.layer]
         locations, fetch = resolve_rows(
@@ -204,11 +202,18 @@ class GradedAttention:
             counters=counters,
             shared_pages=self.cache.shares_pages,
         )
-        if resolved is not None:
-            resolved.record(torch.cuda.current_stream(self.cache.device))
         if self.cache.on_gpu:
-            times = log.link_ns[self.layer]
-            gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters, times=times)
+            num_blocks = NUM_BLOCKS
+            if self.has_lower:
+                num_blocks = max(LEAST_BLOCKS, NUM_BLOCKS // meta.num_seqs)
+            gather_rows(
+                self.tiers.host,
+                fetch,
+                self.windows.rows,
+                counters=counters,
+                times=log.link_ns[self.layer],
+                num_blocks=num_blocks,
+            )
             return locations
         with log.time_link():
             gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
