@@ -185,7 +185,7 @@ def test_a_page_without_tail_tokens_needs_no_mean() -> None:
 
 
 @pytest.mark.gpu
-def test_repeats_bit_for_bit_and_beside_another_stream() -> None:
+def test_captured_repeats_bit_for_bit_beside_another_stream() -> None:
     device = torch.device("cuda")
     case = Case(seq_lens=(3000, 700), head_dim=128, page_size=64)
     meta = make_meta(case, device)
