@@ -10,7 +10,8 @@ from twilight_engine.ops.cpu import gather_rows as cpu
 from twilight_engine.ops.launch import check_dtype, check_shape, current_stream, kernels, ptr
 
 # Thread blocks of 256: 16 saturate a PCIe 5 x16 link; more put the rows of a short list, and so
-# their translations, on the link at once. They take an eighth of the SMs' threads at most.
+# their translations, on the link at once, but slow whoever reads device memory beside them. They
+# take an eighth of the SMs' threads at most.
 NUM_BLOCKS = 64
 MAX_SEGMENTS = 8192  # (sequence, KV head) pairs whose offsets fit in a block's shared memory
 ROW_ALIGN_BYTES = 16
