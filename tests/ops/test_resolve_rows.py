@@ -26,6 +26,7 @@ from twilight_engine.layout import (
     NO_ROW,
     NUM_COUNTERS,
     FetchLists,
+    HotRows,
     RowLists,
     StepMeta,
 )
@@ -46,6 +47,33 @@ def assert_same_lists(
     for name in ("src", "dst"):
         a, e = getattr(fetch, name).cpu(), getattr(want_fetch, name)
         assert torch.equal(a[..., :capacity][fetched], e[..., :capacity][fetched]), name
+
+
+def check_step(
+    lists: RowLists,
+    hot: HotRows,
+    want_hot: HotRows,
+    meta: StepMeta,
+    *,
+    shared_pages: bool,
+    counters: torch.Tensor | None = None,
+    want_counters: torch.Tensor | None = None,
+) -> None:
+    """One step of both, hot on the device under test and the rest on the CPU."""
+    device = hot.slot_key.device
+    want = reference.resolve_rows(lists, want_hot, meta, counters=want_counters)
+    found = resolve_rows(
+        to_device(lists, device),
+        hot,
+        to_device(meta, device),
+        counters=counters,
+        shared_pages=shared_pages,
+    )
+    assert_same_lists(lists, found, want)
+    assert_same_state(hot, want_hot)
+    check_invariants(hot)
+    want_hot.step.add_(1)
+    hot.step.add_(1)
 
 
 @pytest.mark.parametrize("shared_pages", [True, False])
@@ -82,19 +110,17 @@ def test_steps_match_reference(
     hot = to_device(want_hot, device)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
     want_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64)
-    on_device = to_device(meta, device)
     for _ in range(5):
-        lists = random_lists(sum(q_lens), hkv, 640, most)
-        want = reference.resolve_rows(lists, want_hot, meta, counters=want_counters)
-        found = resolve_rows(
-            to_device(lists, device), hot, on_device, counters=counters, shared_pages=shared_pages
+        check_step(
+            random_lists(sum(q_lens), hkv, 640, most),
+            hot,
+            want_hot,
+            meta,
+            shared_pages=shared_pages,
+            counters=counters,
+            want_counters=want_counters,
         )
-        assert_same_lists(lists, found, want)
-        assert_same_state(hot, want_hot)
         assert torch.equal(counters.cpu(), want_counters)
-        check_invariants(hot)
-        want_hot.step.add_(1)
-        hot.step.add_(1)
     assert want_counters[COUNTER_MISSED_ROWS] > 0
 
 
@@ -123,14 +149,7 @@ def test_long_lists_match_reference(
     hot = to_device(want_hot, device)
     for _ in range(3):
         lists = random_lists(sum(q_lens), hkv, length, most)
-        want = reference.resolve_rows(lists, want_hot, meta)
-        found = resolve_rows(
-            to_device(lists, device), hot, to_device(meta, device), shared_pages=shared_pages
-        )
-        assert_same_lists(lists, found, want)
-        assert_same_state(hot, want_hot)
-        want_hot.step.add_(1)
-        hot.step.add_(1)
+        check_step(lists, hot, want_hot, meta, shared_pages=shared_pages)
 
 
 @pytest.mark.parametrize("shared_pages", [True, False])
@@ -147,14 +166,7 @@ def test_lists_at_a_tiles_end_match_reference(device: torch.device, shared_pages
     for count in (20000, 8191, 8192, 8193, 1025, 4097, 16384):
         tokens = torch.randperm(length)[:count].sort().values.int()
         lists = RowLists(tokens.expand(num_seqs, 1, -1).contiguous(), int32([[count], [0]]))
-        want = reference.resolve_rows(lists, want_hot, meta)
-        found = resolve_rows(
-            to_device(lists, device), hot, to_device(meta, device), shared_pages=shared_pages
-        )
-        assert_same_lists(lists, found, want)
-        assert_same_state(hot, want_hot)
-        want_hot.step.add_(1)
-        hot.step.add_(1)
+        check_step(lists, hot, want_hot, meta, shared_pages=shared_pages)
 
 
 def single(device: torch.device, tokens: list[int], length: int = 640) -> tuple[RowLists, StepMeta]:

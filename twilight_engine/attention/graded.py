@@ -26,8 +26,8 @@ from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.ops.prune import list_all, prune
 from twilight_engine.ops.resolve_rows import resolve_rows
 
-# Blocks of a gather beside the lower grades, at least: the more of its reads are in flight, the
-# slower they are, while a long list is not fetched sooner. A short one is.
+# Thread blocks that a gather beside the lower grades has at least. More put more reads on the link
+# at once, which brings short lists sooner and long ones not, and slows the lower grades.
 LEAST_BLOCKS = 16
 
 
@@ -95,8 +95,7 @@ class GradedAttention:
         pruned, scores, lse = self._prune(q, meta, buffers)
         graded = None
         if self.cache.on_gpu:
-            graded = torch.cuda.Event()
-            graded.record(torch.cuda.current_stream(self.cache.device))
+            graded = torch.cuda.current_stream(self.cache.device).record_event()
         locations = self._fetch(pruned.exact, meta, buffers)
         states = self._start_lower(scores, lse, pruned, meta, graded)
         states.append(self._attend_exact(q, pruned.exact, locations, meta))
