@@ -1,9 +1,24 @@
-// A sum over the threads before each one of a block. Device code only.
+// Sums over the lanes of a warp up to each one, and over the threads of a block before each one.
+// Device code only.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include "csrc/ptx.cuh"
+
 namespace twilight {
+
+// The sum of `value` over this lane and those below it. All lanes must call it.
+template <typename T>
+__device__ __forceinline__ T warp_inclusive_sum(T value) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const T below = __shfl_up_sync(kAllLanes, value, offset);
+    if (lane >= offset) value += below;
+  }
+  return value;
+}
 
 // What block_exclusive_sum keeps in shared memory.
 struct BlockScan {
@@ -14,19 +29,13 @@ struct BlockScan {
 // block of whole warps must call it. One barrier: scratch may be used again after the block's next.
 __device__ __forceinline__ unsigned block_exclusive_sum(unsigned value, BlockScan& scratch,
                                                         unsigned* total) {
-  constexpr unsigned kAll = 0xffffffffu;
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
-  unsigned end = value;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const unsigned below = __shfl_up_sync(kAll, end, offset);
-    if (lane >= offset) end += below;
-  }
+  const unsigned end = warp_inclusive_sum(value);
   if (lane == 31) scratch.warp_ends[warp] = end;
   __syncthreads();
   const unsigned warp_end = lane < num_warps ? scratch.warp_ends[lane] : 0;
-  *total = __reduce_add_sync(kAll, warp_end);
-  return __reduce_add_sync(kAll, lane < warp ? warp_end : 0) + end - value;
+  *total = __reduce_add_sync(kAllLanes, warp_end);
+  return __reduce_add_sync(kAllLanes, lane < warp ? warp_end : 0) + end - value;
 }
 
 }  // namespace twilight

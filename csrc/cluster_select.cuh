@@ -14,6 +14,7 @@
 
 #include <cstdint>
 
+#include "csrc/block_scan.cuh"
 #include "csrc/cluster_exchange.cuh"
 #include "csrc/common.cuh"
 #include "csrc/ranks.cuh"
@@ -135,13 +136,7 @@ struct Crossing {
 
 // Run by one warp; mine: the sum of number 31 - lane.
 __device__ inline Crossing find_crossing(uint64_t mine, uint64_t want) {
-  const int lane = threadIdx.x % 32;
-  uint64_t sum = mine;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const uint64_t other = __shfl_up_sync(kAllLanes, sum, offset);
-    if (lane >= offset) sum += other;
-  }
+  const uint64_t sum = warp_inclusive_sum(mine);
   const unsigned reached = __ballot_sync(kAllLanes, sum >= want);
   const int first = reached == 0 ? 31 : __ffs(reached) - 1;
   const uint64_t inside = __shfl_sync(kAllLanes, mine, first);

@@ -11,6 +11,7 @@
 // One warp of a block works it out for all, from one round of loads where a step has up to 32 rows.
 #pragma once
 
+#include "csrc/block_scan.cuh"
 #include "csrc/common.cuh"
 #include "csrc/estimate_scores.h"
 #include "csrc/int4_tiles.cuh"
@@ -164,12 +165,7 @@ class Rows {
       const int pages = p.by_page.divide(last + p.page_size - 1) - p.by_page.divide(first);
       items_ = p.residents + (first < last ? pages * p.pieces : 0);
     }
-    upto_ = items_ * p.num_kv_heads * p.head_groups;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int below = __shfl_up_sync(0xffffffffu, upto_, offset);
-      if (lane >= offset) upto_ += below;
-    }
+    upto_ = warp_inclusive_sum(items_ * p.num_kv_heads * p.head_groups);
   }
 
   int base_ = -1;  // the first row, or nothing is loaded

@@ -8,6 +8,7 @@
 // pages. Bytes: 4 a chunk, 8 a slot that is emptied, 4 an entry of the map.
 #include <algorithm>
 
+#include "csrc/block_scan.cuh"
 #include "csrc/common.cuh"
 #include "csrc/hot_quotas.h"
 
@@ -18,7 +19,6 @@ constexpr int kThreads = 1024;
 constexpr int kReleaseThreads = 256;
 constexpr int kMaxReleaseBlocks = 128;
 constexpr int kStays = -2;  // of a chunk in a tile; kNoRow: nobody's
-constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kSlotsPerChunk == 32, "a warp empties a chunk");
 
 struct RebalanceShared {
@@ -37,16 +37,6 @@ __device__ __forceinline__ bool is_active(const RebalanceQuotasParams& p, int ow
   return p.active[owner / p.num_kv_heads] != 0;
 }
 
-__device__ __forceinline__ int64_t inclusive_sum(int64_t value) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int64_t below = __shfl_up_sync(kAllLanes, value, offset);
-    if (lane >= offset) value += below;
-  }
-  return value;
-}
-
 // One warp: targets[owner] = chunks it shall have.
 __device__ void set_targets(const RebalanceQuotasParams& p, const RebalanceShared& shared,
                             int* targets) {
@@ -60,7 +50,7 @@ __device__ void set_targets(const RebalanceQuotasParams& p, const RebalanceShare
   };
   int64_t total = 0;
   for (int start = 0; start < p.num_owners; start += 32) {
-    total += __shfl_sync(kAllLanes, inclusive_sum(weight_of(start + lane)), 31);
+    total += __shfl_sync(kAllLanes, warp_inclusive_sum(weight_of(start + lane)), 31);
   }
   total = max(total, static_cast<int64_t>(1));
   const int least = shared.active <= p.num_chunks ? 1 : 0;
@@ -69,7 +59,7 @@ __device__ void set_targets(const RebalanceQuotasParams& p, const RebalanceShare
   for (int start = 0; start < p.num_owners; start += 32) {
     const int owner = start + lane;
     const int64_t weight = weight_of(owner);
-    const int64_t end = before + inclusive_sum(weight);
+    const int64_t end = before + warp_inclusive_sum(weight);
     if (owner < p.num_owners) {
       const int64_t share = extra * end / total - extra * (end - weight) / total;
       targets[owner] = static_cast<int>(share) + (is_active(p, owner) ? least : 0);
@@ -89,7 +79,7 @@ __device__ int set_grants(const RebalanceQuotasParams& p, const int* targets, in
       lacking = max(0, targets[owner] - owned[owner]);
       owned[owner] = 0;
     }
-    const int64_t end = before + inclusive_sum(lacking);
+    const int64_t end = before + warp_inclusive_sum(int64_t{lacking});
     if (owner < p.num_owners) grant_ends[owner] = static_cast<int>(end);
     before = __shfl_sync(kAllLanes, end, 31);
   }

@@ -5,6 +5,7 @@
 
 #include <climits>
 
+#include "csrc/block_scan.cuh"
 #include "csrc/common.cuh"
 #include "csrc/resolve_rows.h"
 
@@ -222,12 +223,7 @@ __device__ __forceinline__ int rank_misses(const Entries& entries, MissCounts& c
   __syncthreads();
   const uint2 word = reinterpret_cast<const uint2*>(counts.rounds[tile % 2])[lane];
   const unsigned sum = __dp4a(word.y, kEachByte, __dp4a(word.x, kEachByte, 0u));
-  unsigned end = sum;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const unsigned before = __shfl_up_sync(kAll, end, offset);
-    if (lane >= offset) end += before;
-  }
+  const unsigned end = warp_inclusive_sum(sum);
   *total = __shfl_sync(kAll, end, 31);
   const bool second = warp % 8 >= 4;  // this warp's count is in word.y
   const unsigned cut = kEachByte & ((1u << warp % 4 * 8) - 1);

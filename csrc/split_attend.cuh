@@ -11,6 +11,7 @@
 // Source: Flash-Decoding (split-KV); stream-K (Osama et al., arXiv 2301.03598).
 #pragma once
 
+#include "csrc/block_scan.cuh"
 #include "csrc/common.cuh"
 #include "csrc/dependent_launch.cuh"
 #include "csrc/ptx.cuh"
@@ -107,12 +108,7 @@ __device__ bool find_range(const Worker& worker, const SplitWork& work, UnitRang
   int mine = 0;
 #pragma unroll 2
   for (int i = first; i < last; ++i) mine += segment_units(worker, work, i);
-  int end = mine;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const int left = __shfl_up_sync(kAllLanes, end, offset);
-    if (lane >= offset) end += left;
-  }
+  const int end = warp_inclusive_sum(mine);
   const int total = __shfl_sync(kAllLanes, end, 31), blocks = min(num_blocks, total);
   const int each = total <= num_blocks ? 1 : total / blocks;
   const Deal deal{blocks, each, total - each * blocks};
