@@ -62,13 +62,8 @@ def check_step(
     """One step of both, hot on the device under test and the rest on the CPU."""
     device = hot.slot_key.device
     want = reference.resolve_rows(lists, want_hot, meta, counters=want_counters)
-    found = resolve_rows(
-        to_device(lists, device),
-        hot,
-        to_device(meta, device),
-        counters=counters,
-        shared_pages=shared_pages,
-    )
+    arguments = to_device(lists, device), hot, to_device(meta, device)
+    found = resolve_rows(*arguments, counters=counters, shared_pages=shared_pages)
     assert_same_lists(lists, found, want)
     assert_same_state(hot, want_hot)
     check_invariants(hot)
