@@ -10,9 +10,6 @@
 // rows), a block owns a (sequence, KV head), or its K or V alone: after its rows it also indexes,
 // from the ring, each page that they complete, which nobody else has a row of. Most steps complete
 // none; but equal sequences complete theirs in one step, so few of them get many threads.
-//
-// The next kernel is let in once this one's wait is over: all that was launched before has ended
-// then, which estimate_scores relies on (dependent_launch.cuh).
 #include "csrc/append_rows.h"
 #include "csrc/common.cuh"
 #include "csrc/dependent_launch.cuh"
@@ -81,10 +78,10 @@ __device__ void count_written(const AppendRowsParams& p, unsigned written, unsig
 
 __global__ void __launch_bounds__(kThreads) append_rows_kernel(AppendRowsParams p) {
   __shared__ unsigned rows;
+  let_next_start();
   if (threadIdx.x == 0) rows = 0;
   __syncthreads();
   wait_for_inputs();
-  let_next_start();
   const int64_t num_rows = static_cast<int64_t>(p.num_queries) * p.num_kv_heads;
   unsigned written = 0;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; i < num_rows;
@@ -110,10 +107,10 @@ __global__ void __launch_bounds__(kBlock, 1024 / kBlock)
   __shared__ PageScratch<kBlock> scratch;
   const int b = blockIdx.x / p.num_kv_heads, h = blockIdx.x % p.num_kv_heads;
   const int parts = gridDim.y == 1 ? kKeys | kValues : blockIdx.y == 0 ? kKeys : kValues;
+  let_next_start();
   if (threadIdx.x == 0) rows = 0;
   __syncthreads();
   wait_for_inputs();
-  let_next_start();
   const int begin = p.cu_seqlens_q[b], end = p.cu_seqlens_q[b + 1];
   unsigned written = 0;
   for (int n = begin + threadIdx.x / 32; n < end; n += kBlock / 32) {

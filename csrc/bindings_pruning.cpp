@@ -1,5 +1,10 @@
 // estimate_scores, lsh_candidates and prune.
 #ifdef TWILIGHT_CUDA
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+
 #include "csrc/bindings.h"
 #include "csrc/estimate_scores.h"
 #include "csrc/lsh_candidates.h"
@@ -18,7 +23,8 @@ void bind_pruning(py::module_& m) {
          uint64_t errors, uint64_t workspace, int64_t workspace_size, int num_rows,
          int num_kv_heads, int group, int head_dim, int page_size, int num_sink, int window_rows,
          int capacity, int table_stride, int num_pages, int num_blocks, bool by_token,
-         int row_dtype, bool per_token, bool early, bool behind_append, bool drop,
+         int row_dtype, bool per_token, bool early, bool drop, uint64_t new_k, uint64_t new_v,
+         std::array<int64_t, 2> new_k_stride_bytes, std::array<int64_t, 2> new_v_stride_bytes,
          float softmax_scale, int64_t codes_page_stride, int64_t scale_page_stride,
          int64_t bounds_page_stride, uint64_t stream) {
         twilight::EstimateScoresParams p{};
@@ -54,7 +60,10 @@ void bind_pruning(py::module_& m) {
         p.row_dtype = row_dtype;
         p.per_token = per_token;
         p.early = early;
-        p.behind_append = behind_append;
+        p.new_k = as<char>(new_k);
+        p.new_v = as<char>(new_v);
+        std::ranges::copy(new_k_stride_bytes, p.new_k_stride_bytes);
+        std::ranges::copy(new_v_stride_bytes, p.new_v_stride_bytes);
         p.drop = drop;
         p.softmax_scale = softmax_scale;
         p.codes_page_stride = codes_page_stride;
@@ -70,9 +79,9 @@ void bind_pruning(py::module_& m) {
       py::arg("head_dim"), py::arg("page_size"), py::arg("num_sink"), py::arg("window_rows"),
       py::arg("capacity"), py::arg("table_stride"), py::arg("num_pages"), py::arg("num_blocks"),
       py::arg("by_token"), py::arg("row_dtype"), py::arg("per_token"), py::arg("early"),
-      py::arg("behind_append"), py::arg("drop"), py::arg("softmax_scale"),
-      py::arg("codes_page_stride"), py::arg("scale_page_stride"), py::arg("bounds_page_stride"),
-      py::arg("stream"));
+      py::arg("drop"), py::arg("new_k"), py::arg("new_v"), py::arg("new_k_stride_bytes"),
+      py::arg("new_v_stride_bytes"), py::arg("softmax_scale"), py::arg("codes_page_stride"),
+      py::arg("scale_page_stride"), py::arg("bounds_page_stride"), py::arg("stream"));
   m.def(
       "lsh_candidates",
       [](uint64_t q_codes, uint64_t k_codes, uint64_t page_table, int64_t page_table_stride,

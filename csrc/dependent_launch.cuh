@@ -18,11 +18,9 @@
 //   start only when they are written.
 // Other callers of estimate_scores keep to the same: the kernel just before it writes neither.
 //
-// Right behind the step's append_rows (p.behind_append) it waits for the resident rows alone, which
-// the append may still be writing: append_rows lets the next kernel start only when its own wait is
-// over, so that all that was launched before it has ended, the makers of the queries and the last
-// users of scores and workspace among them. Otherwise all else that it touches comes after the
-// wait.
+// For the same reasons append_rows may run beside the step's estimate, on another stream that is
+// joined before the step ends: the estimate puts the step's own row into the windows itself, the
+// same bytes in the same place (p.new_k), for itself and for attend_rows behind it.
 #pragma once
 
 #include <cuda_runtime.h>

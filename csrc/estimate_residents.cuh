@@ -36,6 +36,26 @@ __device__ void prefetch_residents(const EstimateScoresParams& p, const Segment&
   }
 }
 
+// Puts the step's own row where the windows keep it, if this item has it. Whoever writes the same
+// row at this moment writes the same bytes (p.new_k).
+template <int D>
+__device__ void bring_new_row(const EstimateScoresParams& p, const Segment& s, int item, int lane) {
+  const int t = s.stop - 1;
+  const int number = t < p.num_sink ? t : p.num_sink + t - max(s.window, p.num_sink);
+  if (number / kResidentTokens != item) return;
+  const Resident resident(p, s, number);
+  if (!resident.visible) return;
+  const int bytes = D * (p.row_dtype == kFloat32 ? 4 : 2);
+  char* row = static_cast<char*>(p.rows) + resident.row * 2 * bytes;
+  const char* k = p.new_k + s.n * p.new_k_stride_bytes[0] + s.kv_head * p.new_k_stride_bytes[1];
+  const char* v = p.new_v + s.n * p.new_v_stride_bytes[0] + s.kv_head * p.new_v_stride_bytes[1];
+  for (int at = lane * 16; at < 2 * bytes; at += 32 * 16) {
+    const char* from = at < bytes ? k + at : v + (at - bytes);
+    *reinterpret_cast<uint4*>(row + at) = *reinterpret_cast<const uint4*>(from);
+  }
+  __syncwarp();
+}
+
 // The channels of a key that lane j of four multiplies, in the order of load_query.
 template <int D, typename T>
 struct Key {

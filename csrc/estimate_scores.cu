@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads<D>, kBlocksPerSm)
     rows.find(p, made.begin(p, blockIdx.x), made.begin(p, blockIdx.x + 1), s);
     if (lane == 0) schedule = made;
   }
-  for (bool ready = !p.early || p.behind_append;; ready = true) {
+  for (bool ready = !p.early;; ready = true) {
     __syncthreads();
     if (s.begin == s.end) break;
     const int first = s.begin + warp, residents = min(s.end, p.residents);
@@ -217,12 +217,14 @@ __global__ void __launch_bounds__(kThreads<D>, kBlocksPerSm)
       wait_for_inputs();
       query.load(p, s);
     }
+    if (p.new_k != nullptr) {
+      for (int i = first; i < residents; i += kWarps<D>) bring_new_row<D>(p, s, i, lane);
+    }
     pages.fill();  // behind the queries, which would wait for all pages of the ring
     query.store(p, s, q);
     __syncthreads();
     Softmax state[2];
     pages.run(q, state);
-    if (first < residents) wait_for_inputs();  // behind an append: for the step's row alone
     for (int i = first; i < residents; i += kWarps<D>) {
       resident_scores<D>(p, s, i, q, lane, state);
     }

@@ -37,7 +37,6 @@ struct EstimateScoresParams {
   int row_dtype;       // RowDtype of q and rows
   bool per_token;      // int4_token, else int4_channel
   bool early;          // read metadata and index pages before the kernels before have ended
-  bool behind_append;  // with early: append_rows alone may still run, and only its rows are awaited
   bool drop;  // left-out tokens get -inf, else their block's midpoint (by_token: their own)
   float softmax_scale;
   int64_t codes_page_stride;   // elements from a page to the next
@@ -48,7 +47,7 @@ struct EstimateScoresParams {
   const uint8_t* k_codes;     // [P, Hkv, S, D / 2]
   const uint16_t* k_scale;    // fp16: [P, Hkv, 2, D], or per_token [P, Hkv, S, 2]
   const uint16_t* k_bounds;   // fp16: [P, Hkv, runs, 2, D], per_token with candidates only
-  const void* rows;           // [R, 2 * D] row_dtype
+  void* rows;                 // [R, 2 * D] row_dtype
   const uint8_t* candidates;  // [N, Hkv, NB], or null: all
   const int* page_table;      // [B, P_max]
   const int* seq_slots;       // [B]
@@ -56,6 +55,11 @@ struct EstimateScoresParams {
   const int* query_seq;       // [N]
   const int* positions;       // [N]
   const int* ctx_starts;      // [N]
+
+  // The step's own rows, one a sequence, [N, Hkv, D] row_dtype at multiples of 16 bytes, where
+  // append_rows may not have put them into the windows yet: this kernel does so itself. Or null.
+  const char *new_k, *new_v;
+  int64_t new_k_stride_bytes[2], new_v_stride_bytes[2];  // over N, over Hkv
 
   float* scores;        // [N, Hq, C]
   float* lse;           // [N, Hq]

@@ -90,7 +90,13 @@ class ZeroCopyRows(OpenGraded):
 class QuestPages(ZeroCopyRows):
     """Quest: every token of the blocks it selects is exact; no estimate, nothing below."""
 
-    def _attend_graded(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> list[AttendState]:
+    def _attend_graded(
+        self,
+        q: Tensor,
+        meta: StepMeta,
+        buffers: StepBuffers,
+        new_rows: tuple[Tensor, Tensor] | None = None,
+    ) -> list[AttendState]:
         view = LayerView(
             self.layer,
             self.index,

@@ -131,17 +131,21 @@ class DecodeAttention:
         """Attention of one layer; q [B, Hq, D], k and v [B, Hkv, D] -> [B, Hq, D]."""
         tiers = self.cache.layers[layer]
         meta = self._metas[self.cache.model.sliding_windows[layer]]
-        counters = self.cache.log.counters[layer]
-        append_rows(
-            k,
-            v,
-            tiers.windows,
-            tiers.host,
-            meta,
-            index=tiers.index,
-            counters=counters,
-            pages=tiers.pages,
-        )
+        graded = self._graded.get(layer)
+        side = None if graded is None else graded.side_stream
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream(k.device))
+        with torch.cuda.stream(side):  # the current one where it is None
+            append_rows(
+                k,
+                v,
+                tiers.windows,
+                tiers.host,
+                meta,
+                index=tiers.index,
+                counters=self.cache.log.counters[layer],
+                pages=tiers.pages,
+            )
         if tiers.pages is not None:
             scale = self.cache.model.softmax_scale
             state = attend_pages(q, tiers.pages, meta.page_table, meta, softmax_scale=scale)
@@ -149,9 +153,9 @@ class DecodeAttention:
         assert tiers.windows is not None and tiers.index is not None
         if tiers.lsh is not None:
             write_lsh_codes(k, meta, tiers.lsh, tiers.index)
-        if layer in self._streamed.layers:
+        if graded is None:
             return self._streamed(layer, q, meta)
-        out = self._graded[layer](q, meta)
+        out = graded(q, meta, None if side is None else (k, v))
         self._audit(layer, q, out)
         return out
 

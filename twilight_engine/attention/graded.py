@@ -77,8 +77,28 @@ class GradedAttention:
             budgets = [int(c.attn_top_k or 0) for c in configs]
             self.top_k = torch.tensor(budgets, dtype=torch.int32, device=device)
 
-    def __call__(self, q: Tensor, meta: StepMeta) -> Tensor:
-        """q [N, Hq, D] -> [N, Hq, D] in q's dtype; the step's rows are already appended."""
+    @property
+    def side_stream(self) -> torch.cuda.Stream | None:
+        """Where the step's rows may be appended while this layer is attended; None: before it.
+
+        The estimate brings the rows into the windows then, and nothing else needs them in a step;
+        a selector reads what append_rows leaves, and without an estimate nobody brings them.
+        """
+        if self.config.keeps_every_row or self.config.selector != "all":
+            return None
+        return self.cache.side_stream
+
+    def __call__(
+        self, q: Tensor, meta: StepMeta, new_rows: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Attention of the step's tokens.
+
+        Args:
+            q: [N, Hq, D].
+            new_rows: the step's K and V [N, Hkv, D], which the caller appends on side_stream; None:
+                they are appended already.
+        Returns: [N, Hq, D] in q's dtype; side_stream is joined.
+        """
         buffers = self._buffers(meta.num_queries)
         if self.config.keeps_every_row:
             exact = list_all(
@@ -87,19 +107,25 @@ class GradedAttention:
             locations = self._fetch(exact, meta, buffers)
             states = [self._attend_exact(q, exact, locations, meta)]
         else:
-            states = self._attend_graded(q, meta, buffers)
+            states = self._attend_graded(q, meta, buffers, new_rows)
         out, _ = merge_states(states, q.dtype)
         return out
 
-    def _attend_graded(self, q: Tensor, meta: StepMeta, buffers: StepBuffers) -> list[AttendState]:
-        pruned, scores, lse = self._prune(q, meta, buffers)
+    def _attend_graded(
+        self,
+        q: Tensor,
+        meta: StepMeta,
+        buffers: StepBuffers,
+        new_rows: tuple[Tensor, Tensor] | None = None,
+    ) -> list[AttendState]:
+        pruned, scores, lse = self._prune(q, meta, buffers, new_rows)
         graded = None
         if self.cache.on_gpu:
             graded = torch.cuda.current_stream(self.cache.device).record_event()
         locations = self._fetch(pruned.exact, meta, buffers)
         states = self._start_lower(scores, lse, pruned, meta, graded)
         states.append(self._attend_exact(q, pruned.exact, locations, meta))
-        if self.cache.side_stream is not None and self.has_lower:
+        if self.cache.side_stream is not None and (self.has_lower or new_rows is not None):
             torch.cuda.current_stream(self.cache.device).wait_stream(self.cache.side_stream)
         return states  # lse and the lower grades' state were kept until the streams met again
 
@@ -133,7 +159,11 @@ class GradedAttention:
         return [state]
 
     def _prune(
-        self, q: Tensor, meta: StepMeta, buffers: StepBuffers
+        self,
+        q: Tensor,
+        meta: StepMeta,
+        buffers: StepBuffers,
+        new_rows: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Pruned, Tensor, Tensor]:
         """Select, estimate and grade every visible token: grades, scores, their log-sum-exp."""
         scale = self.cache.model.softmax_scale
@@ -166,7 +196,7 @@ class GradedAttention:
             scores=buffers.scores,
             errors=errors,
             workspace=buffers.estimate,
-            behind_append=candidates is None,
+            new_rows=new_rows,
         )
         pruned = prune(
             scores,

@@ -8,6 +8,7 @@ from torch import Tensor
 from twilight_engine.layout import IndexPages, StepMeta, Windows, num_blocks
 from twilight_engine.ops import launch
 from twilight_engine.ops.cpu import estimate_scores as cpu
+from twilight_engine.ops.cpu.append_rows import place_new_rows
 from twilight_engine.ops.estimate_errors import estimate_errors
 
 LEFT_OUT = ("midpoint", "drop")
@@ -69,6 +70,19 @@ def _check_outputs(
             raise ValueError(f"errors holds {errors.shape[2]} pages; it needs {pages}")
 
 
+def _check_new_rows(
+    new_rows: tuple[Tensor, Tensor], q: Tensor, windows: Windows, meta: StepMeta
+) -> None:
+    if meta.num_queries != meta.num_seqs:
+        raise ValueError(
+            f"new_rows came with {meta.num_queries} query rows of {meta.num_seqs} sequences; it "
+            "takes one row a sequence"
+        )
+    for name, rows in zip(("new_rows[0]", "new_rows[1]"), new_rows, strict=True):
+        launch.check_shape(name, rows, (q.shape[0], windows.num_kv_heads, q.shape[2]))
+        launch.check_dtype(name, rows, q.dtype)
+
+
 def _workspace_size(num_rows: int, num_q_heads: int, num_kv_heads: int) -> int:
     size: int = launch.kernels().estimate_scores_workspace(
         num_rows=num_rows, num_kv_heads=num_kv_heads, group=num_q_heads // num_kv_heads
@@ -102,6 +116,13 @@ def _may_start_early(windows: Windows, meta: StepMeta, candidates: Tensor | None
     return candidates is None and one_row_each and windows.window_rows >= 2 * meta.page_size
 
 
+def _row_strides(rows: Tensor | None) -> tuple[int, int]:
+    """Bytes from a row of [N, Hkv, D] to the next one of N and of Hkv."""
+    if rows is None:
+        return 0, 0
+    return rows.stride(0) * rows.element_size(), rows.stride(1) * rows.element_size()
+
+
 def _launch(
     q: Tensor,
     index: IndexPages,
@@ -116,7 +137,7 @@ def _launch(
     lse: Tensor,
     errors: Tensor | None,
     workspace: Tensor | None,
-    behind_append: bool,
+    new_rows: tuple[Tensor, Tensor] | None,
 ) -> None:
     num_rows, num_q_heads, head_dim = q.shape
     launch.check_head_dim(head_dim)
@@ -125,6 +146,7 @@ def _launch(
     assert workspace is not None
     _check_workspace(workspace, _workspace_size(num_rows, num_q_heads, windows.num_kv_heads))
     bounds = index.k_bounds
+    new_k, new_v = (None, None) if new_rows is None else map(launch.aligned_rows, new_rows)
     launch.kernels().estimate_scores(
         q=launch.ptr(q),
         k_codes=launch.ptr(index.k_codes),
@@ -158,7 +180,10 @@ def _launch(
         row_dtype=launch.row_dtype("q", q),
         per_token=index.k_index == "int4_token",
         early=_may_start_early(windows, meta, candidates),
-        behind_append=behind_append,
+        new_k=launch.ptr(new_k),
+        new_v=launch.ptr(new_v),
+        new_k_stride_bytes=_row_strides(new_k),
+        new_v_stride_bytes=_row_strides(new_v),
         drop=left_out == "drop",
         softmax_scale=softmax_scale,
         codes_page_stride=index.k_codes.stride(0),
@@ -182,7 +207,7 @@ def estimate_scores(
     lse: Tensor | None = None,
     errors: Tensor | None = None,
     workspace: Tensor | None = None,
-    behind_append: bool = False,
+    new_rows: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits of every visible token: from INT4 codes, or exact for resident tokens.
 
@@ -208,9 +233,9 @@ def estimate_scores(
             each page with list tokens (ops.estimate_errors); other entries are arbitrary.
         workspace: from allocate_workspace, for this many rows or more (CUDA only). One launch at a
             time may use it; None: a new one, which costs a launch.
-        behind_append: the kernel launched just before this op on its stream is the step's
-            append_rows, or one of torch's. In a plain decode step a GPU then waits for nothing of
-            the append but the resident rows.
+        new_rows: K and V [N, Hkv, D] of the step's own tokens, of q's dtype and one a sequence,
+            which windows.rows may lack as long as append_rows runs beside this op: they are written
+            there, where append_rows writes the same.
     Returns: scores, lse.
     Raises: ValueError for shapes, dtypes or a left_out other than these; NotImplementedError for a
         head_dim or dtype without a kernel.
@@ -224,15 +249,19 @@ def estimate_scores(
     if lse is None:
         lse = torch.empty(num_rows, num_q_heads, device=q.device)
     _check_outputs(scores, lse, errors, q, meta)
+    if new_rows is not None:
+        _check_new_rows(new_rows, q, windows, meta)
     if q.is_cuda:
         _launch(
             launch.aligned_rows(q.contiguous()), index, windows, meta, softmax_scale=softmax_scale,
             candidates=candidates, block=block, left_out=left_out, scores=scores, lse=lse,
-            errors=errors, workspace=workspace, behind_append=behind_append,
+            errors=errors, workspace=workspace, new_rows=new_rows,
         )  # fmt: skip
         return scores, lse
     if q.dtype != torch.float32:
         raise NotImplementedError(f"q has dtype {q.dtype}; supported on a CPU: torch.float32")
+    if new_rows is not None:
+        place_new_rows(*new_rows, windows, meta)
     cpu.estimate_scores(
         q, index, windows, meta, softmax_scale=softmax_scale, candidates=candidates,
         block=block, left_out=left_out, scores=scores, lse=lse,

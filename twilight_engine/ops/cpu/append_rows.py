@@ -71,3 +71,14 @@ def append_rows_cpu(
     )
     if counters is not None:
         counters[COUNTER_WRITTEN_BYTES] += written * 2 * k.shape[2] * k.element_size()
+
+
+def place_new_rows(k: Tensor, v: Tensor, windows: Windows, meta: StepMeta) -> None:
+    """Put one row a sequence where the windows keep it; see ops.estimate_scores' new_rows."""
+    heads, rows_each = torch.arange(k.shape[1]), windows.num_sink + windows.window_rows
+    for n, t in enumerate(meta.positions.tolist()):
+        slot = int(meta.seq_slots[int(meta.query_seq[n])])
+        if t < 0 or slot < 0:
+            continue
+        place = t if t < windows.num_sink else windows.num_sink + t % windows.window_rows
+        windows.rows[(slot * k.shape[1] + heads) * rows_each + place] = torch.cat((k[n], v[n]), -1)
