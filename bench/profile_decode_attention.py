@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,6 +59,7 @@ METRICS = {
 UNITS = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "byte/block": 1 / 1024, "Kbyte/block": 1.0}
 TOP_STALLS = 3
 STEPS, WARM = 12, 8
+LAYERS = 2  # ncu saves all memory that a kernel may write, for each of its passes
 
 Kernels = dict[str, dict[str, float]]  # by kernel, in order of launch: column -> value
 
@@ -90,7 +92,7 @@ def run_step(tokens: int, batch: int, trace: Path) -> None:
         records=None,
         machine=machine,
     )
-    shape = setting.gqa(tokens, batch)
+    shape = replace(setting.gqa(tokens, batch), num_layers=LAYERS)
     kv = KVConfig(dense_layers=())
     try:
         with (
