@@ -17,6 +17,7 @@ void bind_hot_rows(py::module_& m) {
          uint64_t fetch_direct, uint64_t counters, int num_queries, int num_seqs, int num_kv_heads,
          int capacity, int fetch_capacity, int num_chunks, int first_row, int page_size,
          int table_pages, int64_t table_stride, int64_t keys_per_head, bool shared_pages,
+         uint64_t host_kv, uint64_t rows, uint64_t times, int64_t head_stride_bytes, int row_bytes,
          uint64_t stream) {
         const twilight::ResolveRowsParams p{as<int>(tokens),
                                             as<int>(counts),
@@ -47,7 +48,12 @@ void bind_hot_rows(py::module_& m) {
                                             table_pages,
                                             table_stride,
                                             keys_per_head,
-                                            shared_pages};
+                                            shared_pages,
+                                            as<char>(host_kv),
+                                            as<char>(rows),
+                                            as<int64_t>(times),
+                                            head_stride_bytes,
+                                            row_bytes};
         check(twilight::launch_resolve_rows(p, as_stream(stream)), "resolve_rows");
       },
       py::kw_only(), py::arg("tokens"), py::arg("counts"), py::arg("page_table"),
@@ -58,7 +64,8 @@ void bind_hot_rows(py::module_& m) {
       py::arg("num_seqs"), py::arg("num_kv_heads"), py::arg("capacity"), py::arg("fetch_capacity"),
       py::arg("num_chunks"), py::arg("first_row"), py::arg("page_size"), py::arg("table_pages"),
       py::arg("table_stride"), py::arg("keys_per_head"), py::arg("shared_pages"),
-      py::arg("stream"));
+      py::arg("host_kv"), py::arg("rows"), py::arg("times"), py::arg("head_stride_bytes"),
+      py::arg("row_bytes"), py::arg("stream"));
   m.def(
       "rebalance_quotas",
       [](uint64_t slot_map, uint64_t slot_key, uint64_t chunk_owner, uint64_t set_mean,

@@ -29,15 +29,15 @@ struct EstimateScoresParams {
   int page_size;     // S
   int num_sink;
   int window_rows;
-  int capacity;        // C, tokens a row of scores holds
-  int table_stride;    // P_max
-  int num_pages;       // P, pages a row of errors holds
-  int num_blocks;      // NB, candidate blocks a (row, head); block restarts at each page
-  bool by_token;       // a candidate entry is a token, else a page or a run of kQuestBlock tokens
-  int row_dtype;       // RowDtype of q and rows
-  bool per_token;      // int4_token, else int4_channel
-  bool early;          // read metadata and index pages before the kernels before have ended
-  bool drop;  // left-out tokens get -inf, else their block's midpoint (by_token: their own)
+  int capacity;      // C, tokens a row of scores holds
+  int table_stride;  // P_max
+  int num_pages;     // P, pages a row of errors holds
+  int num_blocks;    // NB, candidate blocks a (row, head); block restarts at each page
+  bool by_token;     // a candidate entry is a token, else a page or a run of kQuestBlock tokens
+  int row_dtype;     // RowDtype of q and rows
+  bool per_token;    // int4_token, else int4_channel
+  bool early;        // read metadata and index pages before the kernels before have ended
+  bool drop;         // left-out tokens get -inf, else their block's midpoint (by_token: their own)
   float softmax_scale;
   int64_t codes_page_stride;   // elements from a page to the next
   int64_t scale_page_stride;   // likewise

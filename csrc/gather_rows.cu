@@ -12,12 +12,12 @@
 // (PCIe 5 x16: 51 GB/s measured; 128 warps reach it). Scattered rows cost translations instead:
 // 30-50 million new granules a second. Asking for all granules of a tile ahead of its rows was
 // slower, 256-byte requests made no difference. With `times` the blocks also note when the first
-// began and the last ended, by the GPU's own clock: timing events inside a CUDA graph could be read
-// only between two replays.
+// began and the last ended.
 #include "csrc/block_scan.cuh"
 #include "csrc/common.cuh"
 #include "csrc/dependent_launch.cuh"
 #include "csrc/gather_rows.h"
+#include "csrc/link_times.cuh"
 
 namespace twilight {
 namespace {
@@ -57,12 +57,6 @@ __device__ __forceinline__ int segment_of(const unsigned* ends, int num_segments
     }
   }
   return low;
-}
-
-__device__ __forceinline__ unsigned long long now_ns() {
-  unsigned long long ns;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
-  return ns;
 }
 
 // The rows of all lists in tiles, which blocks take by turns.
@@ -179,11 +173,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRowsParams 
   let_next_start();
   unsigned block_moved;
   block_exclusive_sum(moved, scan, &block_moved);  // every warp of the block is done
-  if (timed && block_moved > 0) {
-    auto* times = reinterpret_cast<unsigned long long*>(p.times);
-    atomicMin(&times[0], start_ns);
-    atomicMax(&times[1], now_ns());
-  }
+  if (timed && block_moved > 0) note_times(p.times, start_ns);
   if (p.counters == nullptr) return;
   if (threadIdx.x == 0 && block_moved > 0) {
     atomicAdd(reinterpret_cast<unsigned long long*>(p.counters + kCounterFetchedBytes),

@@ -47,6 +47,7 @@ struct Shared {
   Miss missing[kKeptMisses];
   int threshold, ties;
   Mean mean;
+  unsigned long long start_ns;  // of the first host read
 };
 
 // Slots of a head whose order is kept: whole chunks.

@@ -395,6 +395,11 @@ def resolve_rows(
     table_stride: int,
     keys_per_head: int,
     shared_pages: bool,
+    host_kv: int,
+    rows: int,
+    times: int,
+    head_stride_bytes: int,
+    row_bytes: int,
     stream: int,
 ) -> None: ...
 def rebalance_quotas(

@@ -54,54 +54,86 @@ def resolve_rows(
     Raises: ValueError for shapes or dtypes other than these.
     Source: LRU at the granularity of decode steps; see csrc/resolve_rows.cu.
     """
-    n, hkv, capacity = exact.tokens.shape
-    if locations is None:
-        locations = torch.empty_like(exact.tokens)
-    if fetch is None:
-        per_seq = capacity * (n - meta.num_seqs + 1)
-        room = max(1, min(per_seq, hot.slot_key.shape[0] if hot is not None else 1))
-        fetch = FetchLists.empty(meta.num_seqs, hkv, room, exact.tokens.device)
-    _check(exact, hot, meta, locations, fetch, counters)
+    locations, fetch = outputs(exact, hot, meta, locations, fetch)
+    check_resolve(exact, hot, meta, locations, fetch, counters)
     if not exact.tokens.is_cuda:
         cpu.resolve_rows(exact, hot, meta, locations, fetch, counters)
         return locations, fetch
     kernels().resolve_rows(
-        tokens=ptr(exact.tokens),
-        counts=ptr(exact.counts),
-        page_table=ptr(meta.page_table),
-        seq_slots=ptr(meta.seq_slots),
-        cu_seqlens_q=ptr(meta.cu_seqlens_q),
-        query_seq=ptr(meta.query_seq),
-        slot_map=ptr(hot.slot_map if hot else None),
-        slot_key=ptr(hot.slot_key if hot else None),
-        slot_stamp=ptr(hot.slot_stamp if hot else None),
-        chunk_owner=ptr(hot.chunk_owner if hot else None),
-        set_mean=ptr(hot.set_mean if hot else None),
-        step=ptr(hot.step if hot else None),
-        locations=ptr(locations),
-        fetch_src=ptr(fetch.src),
-        fetch_dst=ptr(fetch.dst),
-        fetch_counts=ptr(fetch.counts),
-        fetch_direct=ptr(fetch.direct),
-        counters=ptr(counters),
-        num_queries=n,
-        num_seqs=meta.num_seqs,
-        num_kv_heads=hkv,
-        capacity=capacity,
-        fetch_capacity=fetch.src.shape[2],
-        table_pages=meta.page_table.shape[1],
-        table_stride=meta.page_table.stride(0),
-        keys_per_head=hot.slot_map[0].numel() if hot else 0,
+        **resolve_arguments(exact, hot, meta, locations, fetch, counters),
         shared_pages=shared_pages,
-        num_chunks=hot.chunk_owner.shape[0] if hot else 0,
-        first_row=hot.first_row if hot else 0,
-        page_size=meta.page_size,
+        host_kv=0,
+        rows=0,
+        times=0,
+        head_stride_bytes=0,
+        row_bytes=0,
         stream=current_stream(exact.tokens),
     )
     return locations, fetch
 
 
-def _check(
+def outputs(
+    exact: RowLists,
+    hot: HotRows | None,
+    meta: StepMeta,
+    locations: Tensor | None,
+    fetch: FetchLists | None,
+) -> tuple[Tensor, FetchLists]:
+    """What resolve_rows writes: the caller's, or new ones."""
+    n, hkv, capacity = exact.tokens.shape
+    if locations is None:
+        locations = torch.empty_like(exact.tokens)
+    if fetch is None:
+        slots = hot.slot_key.shape[0] if hot is not None else 1
+        room = max(1, min(capacity * n, slots))  # all query rows may be one sequence's
+        fetch = FetchLists.empty(meta.num_seqs, hkv, room, exact.tokens.device)
+    return locations, fetch
+
+
+def resolve_arguments(
+    exact: RowLists,
+    hot: HotRows | None,
+    meta: StepMeta,
+    locations: Tensor,
+    fetch: FetchLists,
+    counters: Tensor | None,
+) -> dict[str, int]:
+    """The kernel's arguments but for those of the rows that it fetches, the stream and a switch."""
+    n, hkv, capacity = exact.tokens.shape
+    return {
+        "tokens": ptr(exact.tokens),
+        "counts": ptr(exact.counts),
+        "page_table": ptr(meta.page_table),
+        "seq_slots": ptr(meta.seq_slots),
+        "cu_seqlens_q": ptr(meta.cu_seqlens_q),
+        "query_seq": ptr(meta.query_seq),
+        "slot_map": ptr(hot.slot_map if hot else None),
+        "slot_key": ptr(hot.slot_key if hot else None),
+        "slot_stamp": ptr(hot.slot_stamp if hot else None),
+        "chunk_owner": ptr(hot.chunk_owner if hot else None),
+        "set_mean": ptr(hot.set_mean if hot else None),
+        "step": ptr(hot.step if hot else None),
+        "locations": ptr(locations),
+        "fetch_src": ptr(fetch.src),
+        "fetch_dst": ptr(fetch.dst),
+        "fetch_counts": ptr(fetch.counts),
+        "fetch_direct": ptr(fetch.direct),
+        "counters": ptr(counters),
+        "num_queries": n,
+        "num_seqs": meta.num_seqs,
+        "num_kv_heads": hkv,
+        "capacity": capacity,
+        "fetch_capacity": fetch.src.shape[2],
+        "table_pages": meta.page_table.shape[1],
+        "table_stride": meta.page_table.stride(0),
+        "keys_per_head": hot.slot_map[0].numel() if hot else 0,
+        "num_chunks": hot.chunk_owner.shape[0] if hot else 0,
+        "first_row": hot.first_row if hot else 0,
+        "page_size": meta.page_size,
+    }
+
+
+def check_resolve(
     exact: RowLists,
     hot: HotRows | None,
     meta: StepMeta,
@@ -109,6 +141,7 @@ def _check(
     fetch: FetchLists,
     counters: Tensor | None,
 ) -> None:
+    """ValueError unless the arguments of resolve_rows fit each other."""
     n, hkv, capacity = exact.tokens.shape
     b = meta.num_seqs
     check_shape("meta.positions", meta.positions, (n,))

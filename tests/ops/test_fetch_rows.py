@@ -1,0 +1,215 @@
+"""fetch_rows is resolve_rows and then gather_rows: lists, slots, counters and rows, bit by bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.hot_cases import (
+    assert_same_state,
+    check_invariants,
+    int32,
+    make_hot,
+    make_meta,
+    random_lists,
+    random_page_table,
+    to_device,
+)
+from tests.ops.test_gather_rows import bits, host_rows
+from tests.ops.test_resolve_rows import assert_same_lists
+from twilight_engine.layout import (
+    COUNTER_FETCHED_BYTES,
+    COUNTER_MISSED_ROWS,
+    NO_ROW,
+    NUM_COUNTERS,
+    SLOTS_PER_CHUNK,
+    FetchLists,
+    RowLists,
+    StepMeta,
+)
+from twilight_engine.ops.fetch_rows import FUSED_SEGMENTS, fetch_rows
+from twilight_engine.reference import gather_rows as gather_reference
+from twilight_engine.reference import resolve_rows as resolve_reference
+
+
+class Cache:
+    """Slots and rows twice: on the device under test, and on the CPU for the references."""
+
+    def __init__(
+        self, device: torch.device, meta: StepMeta, *, hkv: int, num_chunks: int, host_kv: Tensor
+    ) -> None:
+        self.device, self.meta, self.host = device, meta, host_kv
+        self.want_hot = make_hot(
+            num_chunks=num_chunks,
+            num_pages=host_kv.shape[1],
+            hkv=hkv,
+            page_size=meta.page_size,
+            num_seqs=max(1, int(meta.seq_slots.max()) + 1),
+        )
+        num_rows = self.want_hot.first_row + num_chunks * SLOTS_PER_CHUNK
+        self.want_rows = torch.zeros(num_rows, host_kv.shape[3], dtype=host_kv.dtype)
+        self.want_rows.view(torch.uint8).random_(0, 256)
+        self.want_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64)
+        self.hot = to_device(self.want_hot, device)
+        self.rows = self.want_rows.clone().to(device)
+        self.counters = self.want_counters.clone().to(device)
+
+    def check_step(
+        self, lists: RowLists, *, room: int | None = None, times: Tensor | None = None
+    ) -> int:
+        """One step of both; returns how many rows it fetched."""
+        device, heads = self.device, lists.tokens.shape[1]
+        want_fetch = None
+        if room is not None:
+            want_fetch = FetchLists.empty(self.meta.num_seqs, heads, room, torch.device("cpu"))
+        want = resolve_reference.resolve_rows(
+            lists, self.want_hot, self.meta, fetch=want_fetch, counters=self.want_counters
+        )
+        gather_reference.gather_rows(
+            self.host, want[1], self.want_rows, counters=self.want_counters
+        )
+        found = fetch_rows(
+            to_device(lists, device),
+            self.hot,
+            to_device(self.meta, device),
+            self.host,
+            self.rows,
+            fetch=None if want_fetch is None else to_device(want_fetch, device),
+            counters=self.counters,
+            times=times,
+            shared_pages=False,
+        )
+        assert_same_lists(lists, found, want)
+        assert_same_state(self.hot, self.want_hot)
+        check_invariants(self.hot)
+        assert torch.equal(self.counters.cpu(), self.want_counters)
+        assert torch.equal(bits(self.rows), bits(self.want_rows))
+        self.want_hot.step.add_(1)
+        self.hot.step.add_(1)
+        return int(want[1].counts.sum())
+
+
+def make_cache(
+    device: torch.device,
+    *,
+    hkv: int = 2,
+    q_lens: list[int],
+    num_chunks: int,
+    length: int = 640,
+    page_size: int = 16,
+    width: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+    seq_slots: list[int] | None = None,
+) -> Cache:
+    pages_each = -(-length // page_size)
+    num_pages = len(q_lens) * pages_each + 3
+    table = random_page_table(len(q_lens), pages_each, num_pages)
+    meta = make_meta(table, page_size, q_lens=q_lens, seq_slots=seq_slots)
+    host_kv = host_rows(hkv, num_pages, page_size, width, dtype)
+    return Cache(device, meta, hkv=hkv, num_chunks=num_chunks, host_kv=host_kv)
+
+
+@pytest.mark.parametrize(
+    ("q_lens", "hkv", "num_chunks", "most"),
+    [
+        ([1], 8, 30, 60),  # some misses a list
+        ([1], 1, 70, 600),
+        ([1, 1], FUSED_SEGMENTS // 2, 20, 90),  # more wanted than fits; as many as are fused
+        ([1, 1, 1], FUSED_SEGMENTS // 2, 20, 90),  # one by one
+        ([2, 1], 2, 20, 90),  # several query rows
+        ([0, 1], 2, 20, 90),
+    ],
+)
+def test_steps_match_references(
+    device: torch.device, q_lens: list[int], hkv: int, num_chunks: int, most: int
+) -> None:
+    cache = make_cache(device, q_lens=q_lens, hkv=hkv, num_chunks=num_chunks)
+    for _ in range(6):
+        cache.check_step(random_lists(sum(q_lens), hkv, 640, most))
+    assert cache.want_counters[COUNTER_MISSED_ROWS] > 0
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [
+        (128, torch.bfloat16),
+        (160, torch.float16),
+        (192, torch.bfloat16),
+        (512, torch.float32),
+        (24, torch.bfloat16),  # three vectors a row
+    ],
+)
+def test_row_sizes_match_references(device: torch.device, width: int, dtype: torch.dtype) -> None:
+    cache = make_cache(device, q_lens=[1], num_chunks=60, width=width, dtype=dtype, page_size=61)
+    for _ in range(3):
+        cache.check_step(random_lists(1, 2, 640, 600))
+
+
+@pytest.mark.parametrize(("num_chunks", "most"), [(900, 3500), (300, 14000), (1200, 14000)])
+def test_long_lists_match_references(device: torch.device, num_chunks: int, most: int) -> None:
+    """More rows than are staged, and more misses than are noted."""
+    cache = make_cache(device, q_lens=[1], num_chunks=num_chunks, length=16000)
+    fetched = [cache.check_step(random_lists(1, 2, 16000, most)) for _ in range(3)]
+    assert max(fetched) > 2048
+
+
+def test_steps_without_misses_note_no_times(device: torch.device) -> None:
+    cache = make_cache(device, q_lens=[1], num_chunks=60)
+    cache.want_hot.chunk_owner.fill_(0)
+    cache.want_hot.chunk_owner[1::2] = 1
+    cache.hot.chunk_owner.copy_(cache.want_hot.chunk_owner)
+    lists = random_lists(1, 2, 640, 400)
+    unset = torch.tensor([2**62, 0])
+    times = unset.to(device) if device.type == "cuda" else None
+    for step in range(3):
+        fetched = cache.check_step(lists, times=times)
+        assert (fetched > 0) == (step == 0)
+        if times is None:
+            continue
+        start, end = times.tolist()
+        assert (0 < start < end < 2**62) if step == 0 else times.tolist() == unset.tolist()
+        times.copy_(unset)
+    expected = int(cache.want_counters[COUNTER_MISSED_ROWS]) * 512
+    assert int(cache.counters[COUNTER_FETCHED_BYTES]) == expected
+
+
+def test_short_fetch_lists_match_references(device: torch.device) -> None:
+    """Misses that the lists have no room for stay on the host."""
+    cache = make_cache(device, q_lens=[1], num_chunks=60)
+    for room in (1, 7, 40):
+        cache.check_step(random_lists(1, 2, 640, 300), room=room)
+
+
+def test_padding_and_heads_without_slots_match_references(device: torch.device) -> None:
+    cache = make_cache(device, q_lens=[1, 1], num_chunks=20, seq_slots=[0, NO_ROW])
+    cache.want_hot.chunk_owner.fill_(0)  # all of them the first head's
+    cache.hot.chunk_owner.fill_(0)
+    for _ in range(3):
+        lists = random_lists(2, 2, 640, 200)
+        lists.counts[1] = 0
+        cache.check_step(lists)
+
+
+def test_no_slots(device: torch.device) -> None:
+    """Every row stays where it is."""
+    meta = make_meta(random_page_table(1, 40, 43), 16, q_lens=[1])
+    host_kv, rows = host_rows(2, 43, 16, 256, torch.bfloat16), torch.zeros(5, 256).bfloat16()
+    lists = random_lists(1, 2, 640, 300)
+    locations, fetch = fetch_rows(
+        to_device(lists, device), None, to_device(meta, device), host_kv, rows.to(device)
+    )
+    listed = torch.arange(640) < lists.counts[..., None]
+    assert (locations.cpu()[listed] == NO_ROW).all()
+    assert not fetch.counts.any()
+    assert torch.equal(fetch.direct.cpu(), lists.counts)
+
+
+def test_refuses_what_either_op_refuses(device: torch.device) -> None:
+    cache = make_cache(device, q_lens=[1], num_chunks=4)
+    lists, meta = to_device(random_lists(1, 2, 640, 9), device), to_device(cache.meta, device)
+    with pytest.raises(ValueError, match=r"host_kv has shape .*; it must be \[2, any, any, any\]"):
+        fetch_rows(lists, cache.hot, meta, cache.host[:1], cache.rows, shared_pages=False)
+    short = RowLists(lists.tokens, int32([[1]]).to(device))
+    with pytest.raises(ValueError, match=r"exact\.counts has shape"):
+        fetch_rows(short, cache.hot, meta, cache.host, cache.rows, shared_pages=False)
