@@ -226,27 +226,31 @@ struct LowerWorker {
   }
 
   // Puts `count` listed tokens of the slice into the ring: their weights, and copies of their codes
-  // and scales. Four lanes a token, each for every fourth head and copy; groups of lanes too many
-  // do the last token again.
+  // and scales. Four lanes a token, each for every fourth head and copy.
   __device__ void push(const Slice<kHeads>& slice, const uint8_t* tokens, int count) {
     const __half2* v_scale = static_cast<const __half2*>(params.v_scale);
     const uint32_t first_row = slice.row, put = take + live;
     live += count;
 #pragma unroll 1
-    for (int i = g; i < count + static_cast<int>(g); i += 16) {
+    for (int i = g; i < count; i += 16) {
+      const bool two =
+          i + 8 < count;  // else the first one stands for the second, which is not kept
       uint32_t t[2], at[2];
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
-        const int mine = min(i + 8 * u, count - 1);
+        const int mine = u == 0 || two ? i + 8 * u : i;
         t[u] = tokens[mine];
         at[u] = min(put + mine, put + mine - kRingTokens);
       }
 #pragma unroll
-      for (int u = 0; u < 2; ++u) ring.copy_codes(v_codes, first_row + t[u], at[u], j);
+      for (int u = 0; u < 2; ++u) {
+        if (u == 0 || two) ring.copy_codes(v_codes, first_row + t[u], at[u], j);
+      }
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
-        if (j == 0)
+        if (j == 0 && (u == 0 || two)) {
           copy_async<4>(shared_address(&ring.affine[at[u]]), v_scale + (first_row + t[u]));
+        }
       }
 #pragma unroll
       for (int m = 0; m < kFours; ++m) {
@@ -254,7 +258,8 @@ struct LowerWorker {
         for (int u = 0; u < 2; ++u) {
           const float score = slice.scores[j + 4 * m][t[u]];
           const float weight = exp2_approx(fmaf(score, kLog2e, index_reference[m]));
-          index_sum[m] += i + 8 * u < count ? weight : 0.f;
+          if (u == 1 && !two) continue;
+          index_sum[m] += weight;
           ring.weights[j + 4 * m][at[u]] = weight;
         }
       }
