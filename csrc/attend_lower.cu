@@ -244,13 +244,10 @@ struct LowerWorker {
       }
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
-        if (u == 0 || two) ring.copy_codes(v_codes, first_row + t[u], at[u], j);
-      }
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        if (j == 0 && (u == 0 || two)) {
-          copy_async<4>(shared_address(&ring.affine[at[u]]), v_scale + (first_row + t[u]));
-        }
+        if (u == 1 && !two) continue;
+        ring.copy_codes(v_codes, first_row + t[u], at[u], j);
+        if (j != 0) continue;
+        copy_async<4>(shared_address(&ring.affine[at[u]]), v_scale + (first_row + t[u]));
       }
 #pragma unroll
       for (int m = 0; m < kFours; ++m) {

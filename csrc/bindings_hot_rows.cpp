@@ -17,8 +17,7 @@ void bind_hot_rows(py::module_& m) {
          uint64_t fetch_direct, uint64_t counters, int num_queries, int num_seqs, int num_kv_heads,
          int capacity, int fetch_capacity, int num_chunks, int first_row, int page_size,
          int table_pages, int64_t table_stride, int64_t keys_per_head, bool shared_pages,
-         uint64_t host_kv, uint64_t rows, uint64_t times, int64_t head_stride_bytes, int row_bytes,
-         uint64_t stream) {
+         uint64_t announced, unsigned layer, uint64_t stream) {
         const twilight::ResolveRowsParams p{as<int>(tokens),
                                             as<int>(counts),
                                             as<int>(page_table),
@@ -49,11 +48,8 @@ void bind_hot_rows(py::module_& m) {
                                             table_stride,
                                             keys_per_head,
                                             shared_pages,
-                                            as<char>(host_kv),
-                                            as<char>(rows),
-                                            as<int64_t>(times),
-                                            head_stride_bytes,
-                                            row_bytes};
+                                            as<uint64_t>(announced),
+                                            layer};
         check(twilight::launch_resolve_rows(p, as_stream(stream)), "resolve_rows");
       },
       py::kw_only(), py::arg("tokens"), py::arg("counts"), py::arg("page_table"),
@@ -64,8 +60,7 @@ void bind_hot_rows(py::module_& m) {
       py::arg("num_seqs"), py::arg("num_kv_heads"), py::arg("capacity"), py::arg("fetch_capacity"),
       py::arg("num_chunks"), py::arg("first_row"), py::arg("page_size"), py::arg("table_pages"),
       py::arg("table_stride"), py::arg("keys_per_head"), py::arg("shared_pages"),
-      py::arg("host_kv"), py::arg("rows"), py::arg("times"), py::arg("head_stride_bytes"),
-      py::arg("row_bytes"), py::arg("stream"));
+      py::arg("announced"), py::arg("layer"), py::arg("stream"));
   m.def(
       "rebalance_quotas",
       [](uint64_t slot_map, uint64_t slot_key, uint64_t chunk_owner, uint64_t set_mean,
@@ -107,18 +102,23 @@ void bind_hot_rows(py::module_& m) {
       "gather_rows",
       [](uint64_t host_kv, uint64_t src, uint64_t dst, uint64_t counts, uint64_t rows,
          uint64_t counters, uint64_t times, int num_segments, int num_kv_heads, int fetch_capacity,
-         int64_t head_stride_bytes, int row_bytes, int num_blocks, uint64_t stream) {
-        const twilight::GatherRowsParams p{
-            as<char>(host_kv), as<int>(src),          as<int>(dst),       as<int>(counts),
-            as<char>(rows),    as<int64_t>(counters), as<int64_t>(times), num_segments,
-            num_kv_heads,      fetch_capacity,        head_stride_bytes,  row_bytes,
-            num_blocks};
+         int64_t head_stride_bytes, int row_bytes, int num_blocks, uint64_t announced,
+         uint64_t step, unsigned layer, uint64_t stream) {
+        const twilight::GatherRowsParams p{as<char>(host_kv),  as<int>(src),
+                                           as<int>(dst),       as<int>(counts),
+                                           as<char>(rows),     as<int64_t>(counters),
+                                           as<int64_t>(times), num_segments,
+                                           num_kv_heads,       fetch_capacity,
+                                           head_stride_bytes,  row_bytes,
+                                           num_blocks,         as<uint64_t>(announced),
+                                           as<int>(step),      layer};
         check(twilight::launch_gather_rows(p, as_stream(stream)), "gather_rows");
       },
       py::kw_only(), py::arg("host_kv"), py::arg("src"), py::arg("dst"), py::arg("counts"),
       py::arg("rows"), py::arg("counters"), py::arg("times"), py::arg("num_segments"),
       py::arg("num_kv_heads"), py::arg("fetch_capacity"), py::arg("head_stride_bytes"),
-      py::arg("row_bytes"), py::arg("num_blocks"), py::arg("stream"));
+      py::arg("row_bytes"), py::arg("num_blocks"), py::arg("announced"), py::arg("step"),
+      py::arg("layer"), py::arg("stream"));
 }
 
 }  // namespace twilight::bindings

@@ -20,8 +20,14 @@ struct GatherRowsParams {
   int64_t head_stride_bytes;  // from one KV head's rows to the next's; a multiple of 16
   int row_bytes;              // a multiple of 16
   int num_blocks;
+
+  // What resolve_rows, launched just before on the stream, announces (csrc/announced_misses.cuh),
+  // or null; the hot rows' step counter and the layer tell it from other announcements.
+  const uint64_t* announced;
+  const int* step;
+  unsigned layer;
 };
 
-cudaError_t launch_gather_rows(const GatherRowsParams& p, cudaStream_t stream);
+cudaError_t launch_gather_rows(GatherRowsParams p, cudaStream_t stream);
 
 }  // namespace twilight

@@ -46,7 +46,8 @@ struct Segment {
   int* map;          // [keys_per_head], or null
   int fetched;       // entries of its fetch lists so far
   int num_owned;
-  int places_at, owned_at, staging_at;  // of in_shared
+  int places_at, owned_at;  // of in_shared
+  unsigned tag;             // of its announcements
 
   // Of the head's first kept_orders slots.
   __device__ uint16_t* orders() const { return in_shared<uint16_t>(0); }

@@ -17,9 +17,8 @@
 // calls for the same hot rows a plain kernel must run**, as the one that counts the step does.
 // Where sequences share pages, stamp_hits_kernel writes stamps; those are read after the wait.
 //
-// Small batches have their rows fetched here as well (resolve_fetch.cuh): the host reads are on the
-// link while slots are chosen, and no gather has to be launched behind. Then the next kernel is let
-// in as late as gather_rows lets it in.
+// The misses are announced as soon as they are known, so that gather_rows, which is there already,
+// can ask the host for their rows while their slots are chosen (announced_misses.cuh).
 //
 // Whatever any sequence wants must be known to be in use before a victim is chosen. A sequence
 // whose pages are its own needs only its block for that: its rows lie in chunks that its head owns,
@@ -30,7 +29,6 @@
 // looks at them.
 #include "csrc/common.cuh"
 #include "csrc/dependent_launch.cuh"
-#include "csrc/resolve_fetch.cuh"
 #include "csrc/resolve_lists.cuh"
 #include "csrc/resolve_rows.h"
 #include "csrc/resolve_slots.cuh"
@@ -83,24 +81,21 @@ __device__ int mark(const ResolveRowsParams& p, const Segment& s, List& list, Sh
     if (kTakesHits) use_hits(p, s, entries, shared);
     int total;
     const int ranks = rank_misses(entries, shared.misses, tile, &total);
-    note_misses(entries, tile, ranks, missing, shared);
+    note_misses(p, s, entries, tile, ranks, missing, shared);
     missing += total;
   }
   return missing;
 }
 
-// Finds slots for a query row's misses, and if this kernel fetches, brings their rows; with those
-// of the last row all slots in use are stamped.
-template <bool kShared, bool kFetches>
+// Finds slots for a query row's misses; with those of the last row all slots in use are stamped.
+template <bool kShared>
 __device__ void place_list(const ResolveRowsParams& p, Segment& s, const List& list, int missing,
                            bool is_last, Shared& shared, Totals& totals) {
   const int at = threadIdx.x, wanted = min(missing, p.fetch_capacity - s.fetched);
-  int placed = 0, staged = 0;
-  if (kFetches && wanted > 0 && s.num_owned > 0) {
-    __syncthreads();  // all misses are noted
-    if (at == 0) shared.start_ns = now_ns();
-    staged = ask_rows(p, s, wanted, shared);
+  if (p.announced != nullptr && at == 0) {
+    announce(p.announced, blockIdx.x, 0, s.tag, s.num_owned > 0 ? wanted : 0);
   }
+  int placed = 0;
   if (wanted > 0 && s.num_owned > 0) placed = find_threshold(wanted, shared);
   if (placed > 0) choose_victims(p, s, placed, !is_last, shared);
   const bool places = at < placed && placed <= kKeptMisses;
@@ -109,18 +104,14 @@ __device__ void place_list(const ResolveRowsParams& p, Segment& s, const List& l
   if (is_last) stamp_used(p, s);
   if (places) totals.found += install<kShared>(p, s, list, shared.missing[at], at, victim);
   if (placed > kKeptMisses) totals.found += place_misses<kShared>(p, s, list, placed, shared);
-  if (kFetches && max(placed, staged) > 0) {
-    __syncthreads();  // all misses are listed
-    bring_rows(p, s, placed, staged, shared);
-  }
   s.fetched += placed;
   totals.listed += list.count;
   totals.longest = max(totals.longest, list.count);
   totals.missing += missing;
 }
 
-__device__ void count(const ResolveRowsParams& p, int counter, unsigned long long more) {
-  if (more != 0) atomicAdd(reinterpret_cast<unsigned long long*>(p.counters + counter), more);
+__device__ void count_rows(const ResolveRowsParams& p, int counter, unsigned long long rows) {
+  if (rows != 0) atomicAdd(reinterpret_cast<unsigned long long*>(p.counters + counter), rows);
 }
 
 // One thread writes what is known of the whole segment.
@@ -132,17 +123,9 @@ __device__ void finish(const ResolveRowsParams& p, const Segment& s, const Mean&
     *mean.at = mean.old > 0.f ? 0.9f * mean.old + 0.1f * totals.longest : totals.longest;
   }
   if (p.counters == nullptr) return;
-  count(p, kCounterHitRows, totals.listed - totals.missing);
-  count(p, kCounterMissedRows, s.fetched);
-  count(p, kCounterDirectRows, totals.missing - s.fetched);
-}
-
-// Dynamic shared memory but for the staged rows, which follow.
-__host__ __device__ __forceinline__ int dynamic_bytes(const ResolveRowsParams& p) {
-  const int bytes = (kept_orders(p) + p.num_chunks) * static_cast<int>(sizeof(uint16_t)) +
-                    staged_pages(p) * static_cast<int>(sizeof(int)) +
-                    place_words(p) * static_cast<int>(sizeof(unsigned));
-  return (bytes + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+  count_rows(p, kCounterHitRows, totals.listed - totals.missing);
+  count_rows(p, kCounterMissedRows, s.fetched);
+  count_rows(p, kCounterDirectRows, totals.missing - s.fetched);
 }
 
 // What is known of a segment before its lists are. Shared memory has the orders of its slots, the
@@ -152,11 +135,11 @@ __device__ Segment open_segment(const ResolveRowsParams& p, int seq_slot, Shared
   Segment s{h, 0, inverse_of(p.page_size)};
   if (p.slot_map == nullptr) return s;
   s.step = *p.step;
+  s.tag = announcement_tag(s.step, p.layer);
   s.map = p.slot_map + h * p.keys_per_head;
   const int table_at = kept_orders(p) * static_cast<int>(sizeof(uint16_t));
   s.places_at = table_at + staged_pages(p) * static_cast<int>(sizeof(int));
   s.owned_at = s.places_at + place_words(p) * static_cast<int>(sizeof(unsigned));
-  s.staging_at = dynamic_bytes(p);
   s.table = stage_table(p, b, table_at);
   __pipeline_commit();
   shared.histogram[threadIdx.x] = shared.used[threadIdx.x] = 0;
@@ -179,11 +162,10 @@ __device__ __forceinline__ int read_mean(const ResolveRowsParams& p, const Segme
 }
 
 // kShared: sequences may share pages, and the hits of all have been stamped.
-// kFetches: the rows are fetched, too.
-template <bool kShared, bool kFetches>
+template <bool kShared>
 __global__ void __launch_bounds__(kThreads, 1) resolve_rows_kernel(ResolveRowsParams p) {
   __shared__ Shared shared;
-  if (!kFetches) let_next_start();
+  let_next_start();
   const int b = blockIdx.x / p.num_kv_heads;
   const int seq_slot = p.seq_slots[b];
   const int first = p.cu_seqlens_q[b], rows = p.cu_seqlens_q[b + 1] - first;
@@ -210,55 +192,34 @@ __global__ void __launch_bounds__(kThreads, 1) resolve_rows_kernel(ResolveRowsPa
     const int row = abs(turn);
     if (rows > 1) list = open_list(p, s, first + row, early);
     const int missing = mark<!kShared>(p, s, list, shared);
-    if (turn >= 0) {
-      place_list<kShared, kFetches>(p, s, list, missing, turn + 1 == rows, shared, totals);
-    }
+    if (turn >= 0) place_list<kShared>(p, s, list, missing, turn + 1 == rows, shared, totals);
     if (turn + 1 < rows) __syncthreads();  // the next row looks up what this one installs
   }
-  if (kFetches) {
-    let_next_start();
-    __syncthreads();  // the rows of all warps are there
-  }
   if (threadIdx.x == 0) finish(p, s, shared.mean, totals);
-  if (kFetches && threadIdx.x == 0 && s.fetched > 0) {
-    if (p.counters != nullptr) {
-      count(p, kCounterFetchedBytes, static_cast<unsigned long long>(s.fetched) * p.row_bytes);
-    }
-    if (p.times != nullptr) note_times(p.times, shared.start_ns);
-  }
   if (kShared && p.counters != nullptr) {
-    count(p, kCounterHitRows, totals.found);
-    count(p, kCounterMissedRows, 0ull - totals.found);
+    count_rows(p, kCounterHitRows, totals.found);
+    count_rows(p, kCounterMissedRows, 0ull - totals.found);
   }
 }
 
-template <bool kShared, bool kFetches>
-cudaError_t launch(ResolveRowsParams p, cudaStream_t stream) {
-  const auto kernel = resolve_rows_kernel<kShared, kFetches>;
-  int shared_bytes = dynamic_bytes(p), most_bytes = kOptInBytes;
-  if (kFetches) {
-    int device = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    most_bytes -= sizeof(Shared);
-    p.staged_rows = max(0, min(p.fetch_capacity, (most_bytes - shared_bytes) / p.row_bytes));
-    shared_bytes += p.staged_rows * p.row_bytes;
-  }
+template <bool kShared>
+cudaError_t launch(const ResolveRowsParams& p, cudaStream_t stream) {
+  const size_t shared_bytes = (kept_orders(p) + p.num_chunks) * sizeof(uint16_t) +
+                              staged_pages(p) * sizeof(int) + place_words(p) * sizeof(unsigned);
   if (sizeof(Shared) + shared_bytes > kOptInBytes) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t status = cudaFuncSetAttribute(
+        resolve_rows_kernel<kShared>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
   }
-  return launch_dependent(kernel, dim3(p.num_seqs * p.num_kv_heads), dim3(kThreads), shared_bytes,
-                          stream, 1, p);
+  return launch_dependent(resolve_rows_kernel<kShared>, dim3(p.num_seqs * p.num_kv_heads),
+                          dim3(kThreads), shared_bytes, stream, 1, p);
 }
 
 }  // namespace
 
 cudaError_t launch_resolve_rows(const ResolveRowsParams& p, cudaStream_t stream) {
   if (p.num_seqs == 0 || p.num_kv_heads == 0) return cudaSuccess;
-  if (p.host_kv != nullptr) return launch<false, true>(p, stream);
-  if (p.num_seqs == 1 || !p.shared_pages) return launch<false, false>(p, stream);
+  if (p.num_seqs == 1 || !p.shared_pages) return launch<false>(p, stream);
   if (p.slot_map != nullptr && p.num_queries > 0 && p.capacity > 0) {
     const int tiles = (p.capacity + kStampThreads - 1) / kStampThreads;
     const dim3 grid(p.num_queries * p.num_kv_heads, min(tiles, kMaxStampBlocks));
@@ -266,7 +227,7 @@ cudaError_t launch_resolve_rows(const ResolveRowsParams& p, cudaStream_t stream)
         launch_dependent(stamp_hits_kernel, grid, dim3(kStampThreads), 0, stream, 1, p);
     if (status != cudaSuccess) return status;
   }
-  return launch<true, false>(p, stream);
+  return launch<true>(p, stream);
 }
 
 }  // namespace twilight

@@ -41,15 +41,10 @@ struct ResolveRowsParams {
   int64_t keys_per_head;  // P * S
   bool shared_pages;      // sequences may have pages in common
 
-  // To bring the fetched rows, too, as gather_rows does; host_kv null: they are only listed. Of
-  // steps of one query row a sequence, with slots and without shared pages.
-  const char* host_kv;        // [Hkv] x [P * S] rows of row_bytes, host memory the device maps
-  char* rows;                 // [R] rows of row_bytes: the pool
-  int64_t* times;             // [2] ns: least start and greatest end of a block so far, or null
-  int64_t head_stride_bytes;  // from one KV head's rows to the next's; a multiple of 16
-  int row_bytes;              // a multiple of 16
-
-  int staged_rows;  // rows of a block in shared memory; set by the launcher
+  // Where misses are announced before they have slots (csrc/announced_misses.cuh), or null. For
+  // steps of one query row a sequence, without shared pages.
+  uint64_t* announced;
+  unsigned layer;  // tells the layer's announcements from others
 };
 
 cudaError_t launch_resolve_rows(const ResolveRowsParams& p, cudaStream_t stream);

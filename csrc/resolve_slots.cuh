@@ -2,6 +2,7 @@
 // that the misses get. Device code only.
 #pragma once
 
+#include "csrc/announced_misses.cuh"
 #include "csrc/block_scan.cuh"
 #include "csrc/common.cuh"
 #include "csrc/ptx.cuh"
@@ -47,7 +48,6 @@ struct Shared {
   Miss missing[kKeptMisses];
   int threshold, ties;
   Mean mean;
-  unsigned long long start_ns;  // of the first host read
 };
 
 // Slots of a head whose order is kept: whole chunks.
@@ -298,9 +298,10 @@ __device__ __forceinline__ bool install(const ResolveRowsParams& p, const Segmen
   return !first;
 }
 
-// Notes the tile's misses, as far as they are among the list's first kKeptMisses; before: those of
-// the tiles before it; ranks: of rank_misses.
-__device__ __forceinline__ void note_misses(const Entries& entries, int tile, int ranks, int before,
+// Notes the tile's misses, as far as they are among the list's first kKeptMisses, and announces
+// them; before: those of the tiles before it; ranks: of rank_misses.
+__device__ __forceinline__ void note_misses(const ResolveRowsParams& p, const Segment& s,
+                                            const Entries& entries, int tile, int ranks, int before,
                                             Shared& shared) {
   constexpr unsigned kAll = 0xffffffffu;
   const unsigned lanes_below = (1u << threadIdx.x % 32) - 1;
@@ -311,6 +312,9 @@ __device__ __forceinline__ void note_misses(const Entries& entries, int tile, in
     if (entries.is_miss(j) && at < kKeptMisses) {
       shared.missing[at] = {entries.key(j),
                             tile * kTile + j * kThreads + static_cast<int>(threadIdx.x)};
+      if (p.announced != nullptr) {
+        announce(p.announced, blockIdx.x, 1 + at, s.tag, entries.key(j));
+      }
     }
   });
 }

@@ -395,11 +395,8 @@ def resolve_rows(
     table_stride: int,
     keys_per_head: int,
     shared_pages: bool,
-    host_kv: int,
-    rows: int,
-    times: int,
-    head_stride_bytes: int,
-    row_bytes: int,
+    announced: int,
+    layer: int,
     stream: int,
 ) -> None: ...
 def rebalance_quotas(
@@ -446,5 +443,8 @@ def gather_rows(
     head_stride_bytes: int,
     row_bytes: int,
     num_blocks: int,
+    announced: int,
+    step: int,
+    layer: int,
     stream: int,
 ) -> None: ...

@@ -8,7 +8,7 @@ layer and KV head: `2 * D` elements. A KV-head range (tensor parallel) is the vi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -198,6 +198,21 @@ class HotRows:
 
 
 @dataclass(frozen=True)
+class Announced:
+    """Where resolve_rows tells gather_rows of misses that have no slots yet, on a GPU.
+
+    One may serve all layers of a cache, whose steps follow each other: csrc/announced_misses.cuh.
+    """
+
+    words: Tensor  # [B, Hkv, ANNOUNCED_WORDS] int64
+    step: Tensor  # the hot rows' step counter
+    layer: int
+
+
+ANNOUNCED_WORDS = 1024  # kAnnouncedWords in csrc/announced_misses.cuh
+
+
+@dataclass(frozen=True)
 class FetchLists:
     """Rows to bring from the host into hot slots, in segments a (sequence, KV head).
 
@@ -209,6 +224,14 @@ class FetchLists:
     dst: Tensor  # [B, Hkv, C] int32
     counts: Tensor  # [B, Hkv] int32
     direct: Tensor  # [B, Hkv] int32: list entries that found no slot (attention reads them itself)
+    announced: Announced | None = None  # the misses have been announced there, or are to be
+
+    def first(self, n: int) -> FetchLists:
+        """Those of the first n sequences."""
+        told = self.announced
+        if told is not None:
+            told = replace(told, words=told.words[:n])
+        return FetchLists(self.src[:n], self.dst[:n], self.counts[:n], self.direct[:n], told)
 
     @classmethod
     def empty(cls, b: int, hkv: int, capacity: int, device: torch.device) -> FetchLists:

@@ -21,11 +21,15 @@ from twilight_engine.ops.attend_lower import attend_lower
 from twilight_engine.ops.attend_rows import attend_rows
 from twilight_engine.ops.attend_workspace import AttendState
 from twilight_engine.ops.estimate_scores import estimate_scores
-from twilight_engine.ops.fetch_rows import fetch_rows
-from twilight_engine.ops.gather_rows import gather_rows
+from twilight_engine.ops.gather_rows import NUM_BLOCKS, gather_rows
 from twilight_engine.ops.merge_states import merge_states
 from twilight_engine.ops.prune import list_all, prune
 from twilight_engine.ops.resolve_rows import resolve_rows
+
+# Thread blocks of a gather beside the lower grades: by the number of sequences, and at least. More
+# put more reads on the link at once, which brings short lists sooner and long ones not, and slows
+# the lower grades.
+STEP_BLOCKS, LEAST_BLOCKS = 64, 16
 
 
 class GradedAttention:
@@ -217,34 +221,32 @@ class GradedAttention:
 
     def _fetch(self, exact: RowLists, meta: StepMeta, buffers: StepBuffers) -> Tensor:
         """Resolve against the hot rows, and gather what they lack; the locations of the rows."""
-        log, hot, host = self.cache.log, self.tiers.hot, self.tiers.host
-        counters, shared = log.counters[self.layer], self.cache.shares_pages
-        if self.cache.on_gpu:
-            fetch_rows(
-                exact,
-                hot,
-                meta,
-                host,
-                self.windows.rows,
-                locations=buffers.locations,
-                fetch=buffers.fetch,
-                counters=counters,
-                times=log.link_ns[self.layer],
-                shared_pages=shared,
-                beside=self.has_lower,
-            )
-            return buffers.locations
+        log = self.cache.log
+        counters = log.counters[self.layer]
         locations, fetch = resolve_rows(
             exact,
-            hot,
+            self.tiers.hot,
             meta,
             locations=buffers.locations,
             fetch=buffers.fetch,
             counters=counters,
-            shared_pages=shared,
+            shared_pages=self.cache.shares_pages,
         )
+        if self.cache.on_gpu:
+            num_blocks = NUM_BLOCKS
+            if self.has_lower:
+                num_blocks = max(LEAST_BLOCKS, STEP_BLOCKS // meta.num_seqs)
+            gather_rows(
+                self.tiers.host,
+                fetch,
+                self.windows.rows,
+                counters=counters,
+                times=log.link_ns[self.layer],
+                num_blocks=num_blocks,
+            )
+            return locations
         with log.time_link():
-            gather_rows(host, fetch, self.windows.rows, counters=counters)
+            gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
         return locations
 
     def _attend_exact(

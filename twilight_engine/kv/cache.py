@@ -115,12 +115,12 @@ class KVCache:
         )
         self.step = torch.zeros(1, dtype=torch.int32, device=self.device)
         tiers = TierShape(
-            model, kv_config, self.plan, max_num_seqs=max_num_seqs, device=self.device, dtype=dtype
+            model, kv_config, self.plan, max_num_seqs, self.device, dtype=dtype, step=self.step
         )
         self.layers = [
             tiers.dense_layer(self.host.layer(i))
             if i in self.plan.dense_layers
-            else tiers.sparse_layer(self.host.layer(i), self.step, self.plan.hot_slots[i])
+            else tiers.sparse_layer(self.host.layer(i), self.plan.hot_slots[i])
             for i in range(model.num_layers)
         ]
         self.buffers = tiers.step_buffers({i: self.log.layer(i) for i in self.sparse_layers})

@@ -9,7 +9,7 @@ from typing import Protocol
 from twilight_engine.config import KVConfig
 from twilight_engine.kv.index import index_page_bytes
 from twilight_engine.kv.lsh import hash_bytes, num_tables
-from twilight_engine.layout import SLOTS_PER_CHUNK
+from twilight_engine.layout import ANNOUNCED_WORDS, SLOTS_PER_CHUNK
 
 # Default hot rows as a share of the sparse layers' KV: 2-4 times the mean exact set of graded
 # attention (0.7-2.9 % of the context on real models), and more where no INT4 V exists and the
@@ -122,9 +122,9 @@ def plan_memory(
         "hot rows": sum(slots) * (row + 8),
         "slot maps": sum(count > 0 for count in slots) * num_pages * heads * size * 4,
         "dense layers": len(dense) * layer_kv,
-        # scores; prune's weights, exact, location and two fetch lists; grades; errors
+        # scores; prune's weights, exact, location and two fetch lists; grades; errors; announced
         "step buffers": lists * (model.num_q_heads * 4 + heads * (5 * 4 + 1))
-        + max_num_seqs * per_sequence * model.num_q_heads * 4
+        + max_num_seqs * (per_sequence * model.num_q_heads * 4 + heads * ANNOUNCED_WORDS * 8)
         if sparse
         else 0,
         # one layer's K and V, and the hidden states of the whole prompt

@@ -14,7 +14,9 @@ from twilight_engine.kv.index import allocate_index
 from twilight_engine.kv.lsh import make_projections, num_tables
 from twilight_engine.kv.plan import MemoryPlan, ModelShape
 from twilight_engine.layout import (
+    ANNOUNCED_WORDS,
     NO_ROW,
+    Announced,
     FetchLists,
     HotRows,
     IndexPages,
@@ -58,7 +60,7 @@ class StepBuffers:
         """The buffers of a step with n query rows."""
         if n == self.scores.shape[0]:
             return self
-        lists, fetch = self.pruned, self.fetch
+        lists = self.pruned
         return StepBuffers(
             self.scores[:n],
             self.errors[:n],
@@ -71,7 +73,7 @@ class StepBuffers:
                 lists.mass[:n],
             ),
             self.locations[:n],
-            FetchLists(fetch.src[:n], fetch.dst[:n], fetch.counts[:n], fetch.direct[:n]),
+            self.fetch.first(n),
         )
 
 
@@ -85,13 +87,14 @@ class TierShape:
     max_num_seqs: int
     device: torch.device
     dtype: torch.dtype
+    step: Tensor  # the counter of decode steps, which all layers share
 
     def dense_layer(self, host: Tensor) -> LayerKV:
         """A layer whose pages all stay on the device; `host` is its view of the arena."""
         return LayerKV(host, torch.zeros_like(host, device=self.device), None, None, None)
 
-    def sparse_layer(self, host: Tensor, step: Tensor, hot_slots: int) -> LayerKV:
-        """A layer with windows, index and hot rows; `step` is the shared step counter."""
+    def sparse_layer(self, host: Tensor, hot_slots: int) -> LayerKV:
+        """A layer with windows, index and hot rows."""
         heads, dim, config = self.model.num_kv_heads, self.model.head_dim, self.config
         window_rows = self.max_num_seqs * heads * (config.num_sink + config.window_rows)
         rows = torch.zeros(window_rows + hot_slots, 2 * dim, dtype=self.dtype, device=self.device)
@@ -114,7 +117,7 @@ class TierShape:
                 num_pages=self.plan.num_pages,
                 page_size=config.page_size,
                 num_seq_slots=self.max_num_seqs,
-                step=step,
+                step=self.step,
                 device=self.device,
             )
         windows = Windows(rows, heads, config.num_sink, config.window_rows)
@@ -152,6 +155,10 @@ class TierShape:
         errors = torch.zeros(n, num_q_heads, pages, device=self.device)
         estimate = allocate_workspace(n, num_q_heads, heads, self.device)
         exact, src, dst = ints(), ints(), ints()
+        words = None
+        if self.device.type == "cuda":
+            shape = (n, heads, ANNOUNCED_WORDS)
+            words = torch.full(shape, -1, dtype=torch.int64, device=self.device)
         grades = torch.zeros(n, heads, capacity, dtype=torch.uint8, device=self.device)
         return {
             layer: StepBuffers(
@@ -166,7 +173,13 @@ class TierShape:
                     mass=at.mass,
                 ),
                 locations=locations,
-                fetch=FetchLists(src, dst, at.missed, at.direct),
+                fetch=FetchLists(
+                    src,
+                    dst,
+                    at.missed,
+                    at.direct,
+                    None if words is None else Announced(words, self.step, layer),
+                ),
             )
             for layer, at in counts.items()
         }

@@ -35,7 +35,8 @@ def gather_rows(
 
     Args:
         host_kv: [Hkv, P, S, 2D], CPU; heads may lie apart (stride of dim 0), the rest contiguous.
-        fetch: lists of resolve_rows, on rows' device.
+        fetch: lists of resolve_rows, on rows' device. With `announced`, resolve_rows is the kernel
+            launched just before on this stream: rows are asked for while it still runs.
         rows: [R, 2D] of host_kv's dtype; 2D elements must be a multiple of 16 bytes.
         counters: [NUM_COUNTERS] int64, on rows' device; adds the bytes moved.
         times: [2] int64, on rows' device (CUDA only): lowered to the start and raised to the end of
@@ -44,15 +45,16 @@ def gather_rows(
     Raises: ValueError for shapes, dtypes, strides or a row size other than these.
     Source: zero-copy gather; see csrc/gather_rows.cu.
     """
-    check_gather(host_kv, fetch, rows, counters, times)
-    if num_blocks < 1:
-        raise ValueError(f"num_blocks is {num_blocks}; it must be >= 1")
+    _check(host_kv, fetch, rows, counters, num_blocks)
+    if times is not None:
+        check_shape("times", times, (2,))
+        check_dtype("times", times, torch.int64)
     if not rows.is_cuda:
         cpu.gather_rows(host_kv, fetch, rows, counters)
         return
     if not host_kv.numel() or not rows.numel() or not fetch.src.numel():
         return
-    itemsize = host_kv.element_size()
+    itemsize, told = host_kv.element_size(), fetch.announced
     kernels().gather_rows(
         host_kv=ptr(host_kv),
         src=ptr(fetch.src),
@@ -67,18 +69,16 @@ def gather_rows(
         head_stride_bytes=host_kv.stride(0) * itemsize,
         row_bytes=host_kv.shape[3] * itemsize,
         num_blocks=num_blocks,
+        announced=ptr(told.words if told else None),
+        step=ptr(told.step if told else None),
+        layer=told.layer if told else 0,
         stream=current_stream(rows),
     )
 
 
-def check_gather(
-    host_kv: Tensor,
-    fetch: FetchLists,
-    rows: Tensor,
-    counters: Tensor | None,
-    times: Tensor | None,
+def _check(
+    host_kv: Tensor, fetch: FetchLists, rows: Tensor, counters: Tensor | None, num_blocks: int
 ) -> None:
-    """ValueError unless the arguments of gather_rows fit each other."""
     if host_kv.is_cuda:
         raise ValueError(f"host_kv is on {host_kv.device}; it must be in host memory")
     check_shape("host_kv", host_kv, (fetch.counts.shape[1], None, None, None))
@@ -97,9 +97,8 @@ def check_gather(
             raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
     if counters is not None:
         check_dtype("counters", counters, torch.int64)
-    if times is not None:
-        check_shape("times", times, (2,))
-        check_dtype("times", times, torch.int64)
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks is {num_blocks}; it must be >= 1")
     if fetch.counts.numel() > MAX_SEGMENTS:
         raise ValueError(
             f"fetch has {fetch.counts.numel()} segments; at most {MAX_SEGMENTS} are allowed"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from twilight_engine.layout import (
+    ANNOUNCED_WORDS,
     MAX_CHUNKS,
     SLOTS_PER_CHUNK,
     FetchLists,
@@ -46,40 +49,16 @@ def resolve_rows(
         hot: the layer's slots; None: no hot rows, every location is NO_ROW.
         meta: the step; seq_slots NO_ROW marks a padding sequence, which gets no slots.
         locations: [N, Hkv, C] int32 to write to.
-        fetch: lists to write to, any capacity; a full one leaves later misses at NO_ROW.
+        fetch: lists to write to, any capacity; a full one leaves later misses at NO_ROW. Misses are
+            announced there where a step has one query row a sequence and no pages in common.
         counters: [NUM_COUNTERS] int64; adds hit, missed (fetched) and direct (NO_ROW) list entries.
         shared_pages: sequences may have pages in common. False is faster for several sequences:
             on a GPU, no sequence waits for the hits of the others.
-    Returns: locations (entries past a count are not written) and fetch.
+    Returns: locations (entries past a count are not written) and fetch, with `announced` if its
+        misses have been announced.
     Raises: ValueError for shapes or dtypes other than these.
     Source: LRU at the granularity of decode steps; see csrc/resolve_rows.cu.
     """
-    locations, fetch = outputs(exact, hot, meta, locations, fetch)
-    check_resolve(exact, hot, meta, locations, fetch, counters)
-    if not exact.tokens.is_cuda:
-        cpu.resolve_rows(exact, hot, meta, locations, fetch, counters)
-        return locations, fetch
-    kernels().resolve_rows(
-        **resolve_arguments(exact, hot, meta, locations, fetch, counters),
-        shared_pages=shared_pages,
-        host_kv=0,
-        rows=0,
-        times=0,
-        head_stride_bytes=0,
-        row_bytes=0,
-        stream=current_stream(exact.tokens),
-    )
-    return locations, fetch
-
-
-def outputs(
-    exact: RowLists,
-    hot: HotRows | None,
-    meta: StepMeta,
-    locations: Tensor | None,
-    fetch: FetchLists | None,
-) -> tuple[Tensor, FetchLists]:
-    """What resolve_rows writes: the caller's, or new ones."""
     n, hkv, capacity = exact.tokens.shape
     if locations is None:
         locations = torch.empty_like(exact.tokens)
@@ -87,53 +66,53 @@ def outputs(
         slots = hot.slot_key.shape[0] if hot is not None else 1
         room = max(1, min(capacity * n, slots))  # all query rows may be one sequence's
         fetch = FetchLists.empty(meta.num_seqs, hkv, room, exact.tokens.device)
+    _check(exact, hot, meta, locations, fetch, counters)
+    alone = meta.num_seqs == 1 or not shared_pages
+    if hot is None or not alone or meta.num_queries != meta.num_seqs:
+        fetch = replace(fetch, announced=None)
+    told = fetch.announced
+    if not exact.tokens.is_cuda:
+        cpu.resolve_rows(exact, hot, meta, locations, fetch, counters)
+        return locations, fetch
+    kernels().resolve_rows(
+        tokens=ptr(exact.tokens),
+        counts=ptr(exact.counts),
+        page_table=ptr(meta.page_table),
+        seq_slots=ptr(meta.seq_slots),
+        cu_seqlens_q=ptr(meta.cu_seqlens_q),
+        query_seq=ptr(meta.query_seq),
+        slot_map=ptr(hot.slot_map if hot else None),
+        slot_key=ptr(hot.slot_key if hot else None),
+        slot_stamp=ptr(hot.slot_stamp if hot else None),
+        chunk_owner=ptr(hot.chunk_owner if hot else None),
+        set_mean=ptr(hot.set_mean if hot else None),
+        step=ptr(hot.step if hot else None),
+        locations=ptr(locations),
+        fetch_src=ptr(fetch.src),
+        fetch_dst=ptr(fetch.dst),
+        fetch_counts=ptr(fetch.counts),
+        fetch_direct=ptr(fetch.direct),
+        counters=ptr(counters),
+        num_queries=n,
+        num_seqs=meta.num_seqs,
+        num_kv_heads=hkv,
+        capacity=capacity,
+        fetch_capacity=fetch.src.shape[2],
+        table_pages=meta.page_table.shape[1],
+        table_stride=meta.page_table.stride(0),
+        keys_per_head=hot.slot_map[0].numel() if hot else 0,
+        shared_pages=shared_pages,
+        num_chunks=hot.chunk_owner.shape[0] if hot else 0,
+        first_row=hot.first_row if hot else 0,
+        page_size=meta.page_size,
+        announced=ptr(told.words if told else None),
+        layer=told.layer if told else 0,
+        stream=current_stream(exact.tokens),
+    )
     return locations, fetch
 
 
-def resolve_arguments(
-    exact: RowLists,
-    hot: HotRows | None,
-    meta: StepMeta,
-    locations: Tensor,
-    fetch: FetchLists,
-    counters: Tensor | None,
-) -> dict[str, int]:
-    """The kernel's arguments but for those of the rows that it fetches, the stream and a switch."""
-    n, hkv, capacity = exact.tokens.shape
-    return {
-        "tokens": ptr(exact.tokens),
-        "counts": ptr(exact.counts),
-        "page_table": ptr(meta.page_table),
-        "seq_slots": ptr(meta.seq_slots),
-        "cu_seqlens_q": ptr(meta.cu_seqlens_q),
-        "query_seq": ptr(meta.query_seq),
-        "slot_map": ptr(hot.slot_map if hot else None),
-        "slot_key": ptr(hot.slot_key if hot else None),
-        "slot_stamp": ptr(hot.slot_stamp if hot else None),
-        "chunk_owner": ptr(hot.chunk_owner if hot else None),
-        "set_mean": ptr(hot.set_mean if hot else None),
-        "step": ptr(hot.step if hot else None),
-        "locations": ptr(locations),
-        "fetch_src": ptr(fetch.src),
-        "fetch_dst": ptr(fetch.dst),
-        "fetch_counts": ptr(fetch.counts),
-        "fetch_direct": ptr(fetch.direct),
-        "counters": ptr(counters),
-        "num_queries": n,
-        "num_seqs": meta.num_seqs,
-        "num_kv_heads": hkv,
-        "capacity": capacity,
-        "fetch_capacity": fetch.src.shape[2],
-        "table_pages": meta.page_table.shape[1],
-        "table_stride": meta.page_table.stride(0),
-        "keys_per_head": hot.slot_map[0].numel() if hot else 0,
-        "num_chunks": hot.chunk_owner.shape[0] if hot else 0,
-        "first_row": hot.first_row if hot else 0,
-        "page_size": meta.page_size,
-    }
-
-
-def check_resolve(
+def _check(
     exact: RowLists,
     hot: HotRows | None,
     meta: StepMeta,
@@ -141,7 +120,6 @@ def check_resolve(
     fetch: FetchLists,
     counters: Tensor | None,
 ) -> None:
-    """ValueError unless the arguments of resolve_rows fit each other."""
     n, hkv, capacity = exact.tokens.shape
     b = meta.num_seqs
     check_shape("meta.positions", meta.positions, (n,))
@@ -151,6 +129,10 @@ def check_resolve(
     check_shape("fetch.dst", fetch.dst, tuple(fetch.src.shape))
     check_shape("fetch.counts", fetch.counts, (b, hkv))
     check_shape("fetch.direct", fetch.direct, (b, hkv))
+    if fetch.announced is not None:
+        words = fetch.announced.words
+        check_shape("fetch.announced.words", words, (b, hkv, ANNOUNCED_WORDS))
+        check_dtype("fetch.announced.words", words, torch.int64)
     int32 = {
         "exact.tokens": exact.tokens,
         "exact.counts": exact.counts,

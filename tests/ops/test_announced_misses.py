@@ -1,6 +1,8 @@
-"""fetch_rows is resolve_rows and then gather_rows: lists, slots, counters and rows, bit by bit."""
+"""resolve_rows and then gather_rows, by the misses it announces: what it lists is what counts."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,6 @@ from torch import Tensor
 from tests.hot_cases import (
     assert_same_state,
     check_invariants,
-    int32,
     make_hot,
     make_meta,
     random_lists,
@@ -19,16 +20,19 @@ from tests.hot_cases import (
 from tests.ops.test_gather_rows import bits, host_rows
 from tests.ops.test_resolve_rows import assert_same_lists
 from twilight_engine.layout import (
+    ANNOUNCED_WORDS,
     COUNTER_FETCHED_BYTES,
     COUNTER_MISSED_ROWS,
     NO_ROW,
     NUM_COUNTERS,
     SLOTS_PER_CHUNK,
+    Announced,
     FetchLists,
     RowLists,
     StepMeta,
 )
-from twilight_engine.ops.fetch_rows import FUSED_SEGMENTS, fetch_rows
+from twilight_engine.ops.gather_rows import gather_rows
+from twilight_engine.ops.resolve_rows import resolve_rows
 from twilight_engine.reference import gather_rows as gather_reference
 from twilight_engine.reference import resolve_rows as resolve_reference
 
@@ -54,39 +58,47 @@ class Cache:
         self.hot = to_device(self.want_hot, device)
         self.rows = self.want_rows.clone().to(device)
         self.counters = self.want_counters.clone().to(device)
+        shape = (meta.num_seqs, hkv, ANNOUNCED_WORDS)
+        self.words = torch.full(shape, -1, dtype=torch.int64, device=device)
 
     def check_step(
-        self, lists: RowLists, *, room: int | None = None, times: Tensor | None = None
+        self,
+        lists: RowLists,
+        *,
+        room: int | None = None,
+        times: Tensor | None = None,
+        counts: bool = True,
     ) -> int:
-        """One step of both; returns how many rows it fetched."""
+        """One step of both, counted or not; returns how many rows it fetched."""
         device, heads = self.device, lists.tokens.shape[1]
-        want_fetch = None
-        if room is not None:
-            want_fetch = FetchLists.empty(self.meta.num_seqs, heads, room, torch.device("cpu"))
+        num_seqs, slots = self.meta.num_seqs, self.want_hot.slot_key.shape[0]
+        want_fetch = FetchLists.empty(num_seqs, heads, room or slots, torch.device("cpu"))
+        fetch = to_device(want_fetch, device)
+        if device.type == "cuda":
+            fetch = replace(fetch, announced=Announced(self.words, self.hot.step, layer=3))
         want = resolve_reference.resolve_rows(
             lists, self.want_hot, self.meta, fetch=want_fetch, counters=self.want_counters
         )
         gather_reference.gather_rows(
             self.host, want[1], self.want_rows, counters=self.want_counters
         )
-        found = fetch_rows(
+        found = resolve_rows(
             to_device(lists, device),
             self.hot,
             to_device(self.meta, device),
-            self.host,
-            self.rows,
-            fetch=None if want_fetch is None else to_device(want_fetch, device),
+            fetch=fetch,
             counters=self.counters,
-            times=times,
             shared_pages=False,
         )
+        gather_rows(self.host, found[1], self.rows, counters=self.counters, times=times)
         assert_same_lists(lists, found, want)
         assert_same_state(self.hot, self.want_hot)
         check_invariants(self.hot)
         assert torch.equal(self.counters.cpu(), self.want_counters)
         assert torch.equal(bits(self.rows), bits(self.want_rows))
-        self.want_hot.step.add_(1)
-        self.hot.step.add_(1)
+        if counts:
+            self.want_hot.step.add_(1)
+            self.hot.step.add_(1)
         return int(want[1].counts.sum())
 
 
@@ -115,9 +127,9 @@ def make_cache(
     [
         ([1], 8, 30, 60),  # some misses a list
         ([1], 1, 70, 600),
-        ([1, 1], FUSED_SEGMENTS // 2, 20, 90),  # more wanted than fits; as many as are fused
-        ([1, 1, 1], FUSED_SEGMENTS // 2, 20, 90),  # one by one
-        ([2, 1], 2, 20, 90),  # several query rows
+        ([1, 1], 8, 20, 90),  # more wanted than fits
+        ([1] * 9, 8, 60, 40),
+        ([2, 1], 2, 20, 90),  # several query rows: nothing is announced
         ([0, 1], 2, 20, 90),
     ],
 )
@@ -148,7 +160,7 @@ def test_row_sizes_match_references(device: torch.device, width: int, dtype: tor
 
 @pytest.mark.parametrize(("num_chunks", "most"), [(900, 3500), (300, 14000), (1200, 14000)])
 def test_long_lists_match_references(device: torch.device, num_chunks: int, most: int) -> None:
-    """More rows than are staged, and more misses than are noted."""
+    """More misses than can be announced."""
     cache = make_cache(device, q_lens=[1], num_chunks=num_chunks, length=16000)
     fetched = [cache.check_step(random_lists(1, 2, 16000, most)) for _ in range(3)]
     assert max(fetched) > 2048
@@ -191,25 +203,43 @@ def test_padding_and_heads_without_slots_match_references(device: torch.device) 
         cache.check_step(lists)
 
 
-def test_no_slots(device: torch.device) -> None:
-    """Every row stays where it is."""
-    meta = make_meta(random_page_table(1, 40, 43), 16, q_lens=[1])
-    host_kv, rows = host_rows(2, 43, 16, 256, torch.bfloat16), torch.zeros(5, 256).bfloat16()
-    lists = random_lists(1, 2, 640, 300)
-    locations, fetch = fetch_rows(
-        to_device(lists, device), None, to_device(meta, device), host_kv, rows.to(device)
-    )
-    listed = torch.arange(640) < lists.counts[..., None]
-    assert (locations.cpu()[listed] == NO_ROW).all()
-    assert not fetch.counts.any()
-    assert torch.equal(fetch.direct.cpu(), lists.counts)
+def test_a_step_that_comes_again(device: torch.device) -> None:
+    """What was announced under the same tag names other rows: the lists are right."""
+    cache = make_cache(device, q_lens=[1], num_chunks=60)
+    for _ in range(6):
+        cache.check_step(random_lists(1, 2, 640, 300), counts=False)
 
 
-def test_refuses_what_either_op_refuses(device: torch.device) -> None:
-    cache = make_cache(device, q_lens=[1], num_chunks=4)
-    lists, meta = to_device(random_lists(1, 2, 640, 9), device), to_device(cache.meta, device)
-    with pytest.raises(ValueError, match=r"host_kv has shape .*; it must be \[2, any, any, any\]"):
-        fetch_rows(lists, cache.hot, meta, cache.host[:1], cache.rows, shared_pages=False)
-    short = RowLists(lists.tokens, int32([[1]]).to(device))
-    with pytest.raises(ValueError, match=r"exact\.counts has shape"):
-        fetch_rows(short, cache.hot, meta, cache.host, cache.rows, shared_pages=False)
+@pytest.mark.gpu
+def test_replayed_steps_match_references() -> None:
+    """In a graph the gather is there while resolve_rows runs, and asks for rows early."""
+    device = torch.device("cuda")
+    cache = make_cache(device, q_lens=[1], hkv=8, num_chunks=200, length=6000)
+    lists = to_device(random_lists(1, 8, 6000, 0), device)
+    meta = to_device(cache.meta, device)
+    fetch = FetchLists.empty(1, 8, 6000, device)
+    told = Announced(cache.words, cache.hot.step, layer=0)
+    locations = torch.empty_like(lists.tokens)
+
+    def step() -> None:
+        cache.hot.step.add_(1)
+        _, found = resolve_rows(
+            lists, cache.hot, meta, locations=locations, shared_pages=False,
+            fetch=replace(fetch, announced=told),
+        )  # fmt: skip
+        assert found.announced is told
+        gather_rows(cache.host, found, cache.rows)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(40):
+        new = random_lists(1, 8, 6000, 900)
+        lists.tokens.copy_(new.tokens)
+        lists.counts.copy_(new.counts)
+        graph.replay()
+        cache.want_hot.step.add_(1)
+        want = resolve_reference.resolve_rows(new, cache.want_hot, cache.meta)
+        gather_reference.gather_rows(cache.host, want[1], cache.want_rows)
+        assert_same_state(cache.hot, cache.want_hot)
+        assert torch.equal(bits(cache.rows), bits(cache.want_rows))
