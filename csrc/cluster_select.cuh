@@ -275,8 +275,8 @@ __device__ __forceinline__ void narrow(Target& target, SelectShared& shared,
 template <bool kPlain>
 __device__ __forceinline__ void add_matching(const Run& run, const Adder<kPlain>& adder) {
 #pragma unroll 1
-  for (int tile = 0, left = run.tiles; left > 0; ++tile, --left) {
-    const int4 bits = run.load(tile);
+  for (int t = run.first(); t < run.stop; t += kTile) {
+    const int4 bits = run.load(t);
     adder.add(bits.x);
     adder.add(bits.y);
     adder.add(bits.z);

@@ -65,14 +65,14 @@ __device__ void mark(const Share& s, const Target (&targets)[2], int lane, const
   if (exact.by_count && exact.ties != INT_MAX) {
     Tally ties{};
     for (int t = s.run.begin + lane; t < s.run.end; t += 32) {
-      ties.exact += s.run.word(t - s.run.origin) == exact.least;
+      ties.exact += s.run.word(t) == exact.least;
     }
     ties_before = exact_in_front(ties, tie_tallies[tie_rounds & 1], tie_rounds / 2, ranks);
     ++tie_rounds;
   }
   for (int at = s.run.begin; at < s.run.end; at += 32) {
     const int t = at + lane;
-    const int bits = t < s.run.end ? s.run.word(t - s.run.origin) : kNotCandidate;
+    const int bits = t < s.run.end ? s.run.word(t) : kNotCandidate;
     const bool tie = bits >= 0 && bits == exact.least;
     const unsigned ties = __ballot_sync(kAllLanes, tie);
     const int place = ties_before + __popc(ties & ((1u << lane) - 1));
@@ -130,7 +130,7 @@ __device__ void set_scales(const Share& s, const PruneParams& p, int heads, Head
   }
 }
 
-template <bool kPlain, bool kWhole>
+template <bool kPlain, Heads kCount>
 __global__ void __launch_bounds__(kMostThreads, 1)
     prune_kernel(const PruneParams p, const Plan plan) {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -162,9 +162,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   int tie_rounds = 0;
   for (int rule = 0; rule < (!kPlain && p.unite ? p.group : 1); ++rule) {
     const int heads = !kPlain && p.unite ? 1 : p.group;
-    const Source source(s, p, s.run.token(0), rule);
-    Batch<kPlain, kWhole> batch;
-    batch.load(s, p, source, s.run.token(0), 0, heads);
+    const Source source(s, p, rule);
+    Batch<kPlain, kCount> batch;
+    batch.load(s, p, source, s.run.first(), 0, heads);
     set_scales(s, p, heads, scales, first_lse, lane);
     set_targets(s, p, shared.select.targets);
     if (rule == 0) s.find_whole_tiles();
@@ -273,9 +273,9 @@ Plan plan_launch(const PruneParams& p, const AtOnce* at_once, int most_bytes) {
   return plan;
 }
 
-template <bool kPlain, bool kWhole>
+template <bool kPlain, Heads kCount>
 cudaError_t launch(const PruneParams& p, cudaStream_t stream) {
-  const auto kernel = prune_kernel<kPlain, kWhole>;
+  const auto kernel = prune_kernel<kPlain, kCount>;
   const int most_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const bool clusters = attribute(cudaDevAttrClusterLaunch);
   cudaError_t status =
@@ -299,8 +299,10 @@ cudaError_t launch_prune(const PruneParams& p, cudaStream_t stream) {
   const bool one_error = p.errors == nullptr || p.page_size % 4 == 0;  // for a lane's four tokens
   const bool plain = vectors && one_error && (!p.unite || p.group == 1) && p.top_k == nullptr &&
                      (p.candidates == nullptr || p.dropped) && !p.expand_pages;
-  if (!plain) return launch<false, false>(p, stream);
-  return p.group % kHeads == 0 ? launch<true, true>(p, stream) : launch<true, false>(p, stream);
+  if (!plain) return launch<false, Heads::kAny>(p, stream);
+  if (p.group == kHeads) return launch<true, Heads::kOneBatch>(p, stream);
+  return p.group % kHeads == 0 ? launch<true, Heads::kFullBatches>(p, stream)
+                               : launch<true, Heads::kAny>(p, stream);
 }
 
 }  // namespace twilight
