@@ -16,6 +16,10 @@
 // Bytes moved a visible token and KV head: 4 * G of scores, 1 of grades, 4 where exact. Source:
 // Twilight (arXiv 2502.02770), Algorithm 1, its bisection replaced by a radix select (RadiK,
 // 2501.14336).
+//
+// Before it waits for its inputs it reads the step's metadata (query_seq, positions, where contexts
+// and windows start). The kernel just before it must not write that; in a step, torch's kernels do,
+// in front of append and estimate (csrc/dependent_launch.cuh).
 #include <bit>
 
 #include "csrc/cluster_select.cuh"
@@ -37,6 +41,7 @@ constexpr int kBlocksWanted = 264;    // two a multiprocessor of an H100; beyond
 
 struct Shared {
   SelectShared select;
+  Dealt dealt[kMostWarps];
   Tallies ties[2];  // by turns
   Tallies lists;
 };
@@ -91,7 +96,7 @@ __device__ void expand(const Share& s, int page_size, int lane) {
   __syncwarp();
   for (int page = s.run.begin / page_size; page * page_size < s.run.end; ++page) {
     const int from = max(page * page_size, max(s.run.begin, s.first));
-    const int to = min((page + 1) * page_size, min(s.run.end, s.list_end()));
+    const int to = min((page + 1) * page_size, min(s.run.end, s.list_end));
     bool any = false;
     for (int t = from + lane; t < to; t += 32) any |= s.grades[t] == kGradeExact;
     if (!__any_sync(kAllLanes, any)) continue;
@@ -111,7 +116,7 @@ __device__ void set_targets(const Share& s, const PruneParams& p, Target (&targe
   if (top <= 0.f) target.least = kNothing, target.open = false;
   const int k = exact && p.top_k != nullptr ? p.top_k[s.seq] : 0;
   if (k > 0) {
-    const int residents = (s.stop - s.start) - (s.list_end() - s.first);
+    const int residents = (s.stop - s.start) - (s.list_end - s.first);
     target.by_count = true;
     target.open = k > residents;
     target.want = max(0, k - residents);
@@ -142,6 +147,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       reinterpret_cast<HeadScale*>(tiles + plan.kept_tiles * (blockDim.x / 32) * kTile) +
       warp * p.group;
   const Ranks ranks;
+  Share s(p, plan);
   prepare(shared.select);
   if (threadIdx.x == 0) {
     for (Tallies& ties : shared.ties) ties.box.open();
@@ -151,12 +157,11 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   __syncwarp();
   ranks.arrive();
   let_next_start();
-  __syncthreads();  // the block's own part of it is prepared
-  Share s(p, plan);
-  wait_for_inputs();
-  const float first_lse = lane < p.group ? __ldcg(s.lse + lane) : 0.0f;
   // Whole pages where one exact token makes its page exact.
   s.find_run(p, ranks, !kPlain && p.expand_pages ? p.page_size : kTile, tiles, plan);
+  s.find_by_now(shared.dealt[warp]);  // a barrier: the block's own memory is prepared
+  wait_for_inputs();
+  const float first_lse = lane < p.group ? __ldcg(s.lse + lane) : 0.0f;
   SelectState state{bits_to_drop(s.tokens), 0, blocks};
   Masses masses;
   int tie_rounds = 0;
@@ -167,7 +172,6 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     batch.load(s, p, source, s.run.first(), 0, heads);
     set_scales(s, p, heads, scales, first_lse, lane);
     set_targets(s, p, shared.select.targets);
-    if (rule == 0) s.find_whole_tiles();
     if (!kPlain && rule == 0) grade_all(s, p, lane);
     if (kPlain) {
       __syncwarp();

@@ -23,23 +23,26 @@ struct Plan {
   int page_shift;    // log2 of the page size; -1 where it is no power of two
 };
 
+// The tokens that a warp is dealt.
+struct alignas(16) Dealt {
+  int first, list_end;           // of the row's list tokens, and where they end
+  int whole_from, whole_tokens;  // of the tiles that hold list tokens of this warp only
+  Run run;                       // visible tokens of this warp
+};
+
 // This block's and warp's share of a query row and KV head.
-struct Share {
+struct Share : Dealt {
   int64_t row;  // n * Hkv + the KV head
   int seq;
   int start, stop;  // visible tokens of the row
-  int first;        // of its list tokens; they end at list_end()
-  int window;       // where the sequence's resident window starts
   int tokens;       // bounds those of a block that one part of a histogram's bin may take
-  int whole_from, whole_tokens;  // of the tiles that hold list tokens of this warp only
-  int page_shift;                // log2 of the page size; -1 where it is no power of two
-  Run run;                       // visible tokens of this warp
+  int page_shift;   // log2 of the page size; -1 where it is no power of two
   const float* scores;
   const float* lse;
   const float* errors;  // null without a margin
   uint8_t* grades;
 
-  // What needs no memory, before the inputs are there.
+  // Asks for the step's metadata, which is there before the kernel begins.
   __device__ __forceinline__ Share(const PruneParams& p, const Plan& plan) {
     const int n = blockIdx.z;  // blockIdx.x is the block's rank
     row = int64_t(n) * p.num_kv_heads + blockIdx.y;
@@ -48,27 +51,33 @@ struct Share {
     errors = p.errors == nullptr ? nullptr : p.errors + row * p.group * p.num_pages;
     grades = p.grades + row * p.grades_capacity;
     page_shift = plan.page_shift;
+    seq = p.query_seq[n];
+    start = p.ctx_starts[n];
+    stop = p.positions[n] + 1;
   }
   // The visible tokens, and this warp's. unit: tokens that are dealt out to a warp together.
   __device__ __forceinline__ void find_run(const PruneParams& p, const Ranks& ranks, unsigned unit,
                                            int* tiles, const Plan& plan) {
-    const int n = blockIdx.z;
-    seq = p.query_seq[n];
-    start = p.ctx_starts[n];
-    stop = max(start, p.positions[n] + 1);
-    window = p.window_starts[seq];
+    const int window = p.window_starts[seq];
+    stop = max(start, stop);
     first = min(max(start, p.num_sink), stop);
     deal(p, ranks, unit, tiles, plan);
-  }
-  // The first to look at the window's start, whose load takes a second turn.
-  __device__ __forceinline__ void find_whole_tiles() {
+    list_end = max(first, min(stop, window));
     const int begin = (max(run.begin, first) - run.origin + kTile - 1) / kTile;
-    const int end = (min(run.end, list_end()) - run.origin) / kTile;
-    whole_from = held(run.origin + begin * kTile);
-    whole_tokens = held(max(0, end - begin) * kTile);
+    const int end = (min(run.end, list_end) - run.origin) / kTile;
+    whole_from = run.origin + begin * kTile;
+    whole_tokens = max(0, end - begin) * kTile;
   }
-  __device__ int list_end() const { return max(first, min(stop, window)); }
-  __device__ bool lists(int t) const { return t >= first && t < list_end(); }
+  // By way of shared memory, so that it is all done when the inputs come: the compiler would put it
+  // off until it is used.
+  __device__ __forceinline__ void find_by_now(Dealt& mine) {
+    if (threadIdx.x % 32 == 0) mine = *this;
+    __syncthreads();
+    int* const rests = run.rests;  // found without memory
+    static_cast<Dealt&>(*this) = mine;
+    run.rests = rests;
+  }
+  __device__ bool lists(int t) const { return t >= first && t < list_end; }
   __device__ int page_of(int t, int page_size) const {
     return page_shift >= 0 ? t >> page_shift : t / page_size;
   }
@@ -99,8 +108,8 @@ struct Share {
     const int most =
         ((each + (more > 0) + block_warps - 1) >> log_warps) * unit;  // tokens of a warp
     tokens = min(stop - start, int(block_warps) * (most / 2 + 4));
-    run.rest = held(run.origin + plan.kept_tiles * kTile);
-    run.kept = held(shared_address(tiles + in_block * plan.kept_tiles * kTile) - run.origin * 4);
+    run.rest = run.origin + plan.kept_tiles * kTile;
+    run.kept = shared_address(tiles + in_block * plan.kept_tiles * kTile) - run.origin * 4;
     // Rounded up to tiles the rest of a row still fits its C floats, for what is kept is more.
     const int rest = max(0, (most + 3 + kTile - 1) / kTile - plan.kept_tiles) * kTile;
     run.rests = reinterpret_cast<int*>(p.weights) + (row * p.capacity + 3) / 4 * 4;
