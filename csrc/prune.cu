@@ -41,7 +41,6 @@ constexpr int kBlocksWanted = 264;    // two a multiprocessor of an H100; beyond
 
 struct Shared {
   SelectShared select;
-  Dealt dealt[kMostWarps];
   Tallies ties[2];  // by turns
   Tallies lists;
 };
@@ -159,10 +158,11 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   let_next_start();
   // Whole pages where one exact token makes its page exact.
   s.find_run(p, ranks, !kPlain && p.expand_pages ? p.page_size : kTile, tiles, plan);
-  s.find_by_now(shared.dealt[warp]);  // a barrier: the block's own memory is prepared
+  // In the second histogram, which comes later. A barrier: the block's own memory is prepared.
+  s.find_by_now(reinterpret_cast<Dealt*>(shared.select.histograms[1])[warp]);
   wait_for_inputs();
   const float first_lse = lane < p.group ? __ldcg(s.lse + lane) : 0.0f;
-  SelectState state{bits_to_drop(s.tokens), 0, blocks};
+  SelectState state{bits_to_drop(s.tokens), 0, 0, blocks};
   Masses masses;
   int tie_rounds = 0;
   for (int rule = 0; rule < (!kPlain && p.unite ? p.group : 1); ++rule) {
