@@ -113,9 +113,10 @@ __device__ inline uint64_t warp_sum(uint64_t value) {
 
 // Leaves the sums of a histogram's groups in shared.coarse, and the other histogram empty. one: a
 // histogram of both targets.
-__device__ inline void sum_groups(SelectShared& shared, const uint4* histogram, uint4* other,
-                                  int pass, bool one, int drop) {
-  const Target(&targets)[2] = shared.targets;
+template <bool kPlain>
+__device__ __forceinline__ void sum_groups(SelectShared& shared, const uint4* histogram,
+                                           uint4* other, int pass, bool one, int drop) {
+  const Target targets[2] = {shared.targets[0], shared.targets[1]};  // read once
 #pragma unroll 1
   for (int bin = threadIdx.x; bin < kBins; bin += blockDim.x) {
     const uint4 parts = histogram[bin];
@@ -125,7 +126,7 @@ __device__ inline void sum_groups(SelectShared& shared, const uint4* histogram, 
       if (one ? i > 0 : !targets[i].open) continue;
       const int bits = bits_of(one ? 0 : targets[i].least, bin, pass);
       const uint64_t sum =
-          warp_sum(sum_of_bin(parts, i, one, !one && targets[i].by_count, bits, drop));
+          warp_sum(sum_of_bin(parts, i, one, !kPlain && !one && targets[i].by_count, bits, drop));
       if (threadIdx.x % 32 == 0) shared.coarse[i][bin / 32] = sum;
     }
   }
@@ -310,7 +311,7 @@ __device__ __forceinline__ void select(const Run& run, SelectState& state, const
       __syncthreads();
     }
     Target target = targets[mine];  // read before the first of its warps may be done
-    sum_groups(shared, histogram, other, pass, one, state.drop);
+    sum_groups<kPlain>(shared, histogram, other, pass, one, state.drop);
     __syncthreads();
     if (target.open && first_receiver() < ranks.count()) {
       narrow<kPlain>(target, shared, state, histogram, mine, pass, one, ranks);
