@@ -7,9 +7,10 @@
 // ends early where a bin's values are all wanted or only one. Bins add mantissas in 32 bits,
 // rounded so that they cannot overflow: to 19 bits for 8,192 tokens a block, whose errors average
 // out. All sums are whole numbers, those of masses in units of 2^-44: nothing depends on the order
-// of additions, so a result repeats. In a pass one warp a target sends its block's sums of 32 bins
-// each (coarse) to all blocks, then the bins of the group that the threshold is in (fine), and all
-// reach the same threshold.
+// of additions, so a result repeats. In a pass a block sends its sums of 32 bins each (coarse) to
+// all blocks, then the bins of the group that the threshold is in (fine), and all reach the same
+// threshold: a warp for each target and receiver, since one warp's sends to all in turn would take
+// as long as a message does.
 #pragma once
 
 #include <cstdint>
@@ -54,17 +55,20 @@ struct alignas(uint64_t) Masses {
   }
 };
 
-// What a target's exchanges bring of a block.
+// What a target's exchanges bring of a block. Coarse sums come by turns: a block that has got all
+// fine ones may send the next while a warp of another still reads.
 struct BlockSums {
-  uint64_t coarse[kGroups];
+  struct Coarse {
+    uint64_t sums[kGroups];
+    Masses masses;
+  };
+  Coarse coarse[2];
   uint64_t fine[32];
-  Masses masses;
 };
 
-// A target's exchanges; one warp uses them.
+// A target's exchanges.
 struct Exchanges {
   Mailbox coarse, fine;
-  unsigned round;  // passes so far
 };
 
 constexpr int kBlockWords = sizeof(BlockSums) / sizeof(uint64_t);
@@ -82,6 +86,7 @@ struct SelectShared {
 struct SelectState {
   int drop;           // bits of a mantissa that a histogram rounds off, lest a part overflow
   int num_passes;     // of all rules so far
+  unsigned round;     // passes so far of the target that this warp narrows
   BlockSums* blocks;  // shared memory: by target, by block
 };
 
@@ -94,7 +99,6 @@ __device__ inline void prepare(SelectShared& shared) {
   for (Exchanges& own : shared.exchanges) {
     own.coarse.open();
     own.fine.open();
-    own.round = 0;
   }
 }
 
@@ -109,9 +113,10 @@ __device__ inline uint64_t warp_sum(uint64_t value) {
 
 // Leaves the sums of a histogram's groups in shared.coarse, and the other histogram empty. one: a
 // histogram of both targets.
-__device__ inline void sum_groups(SelectShared& shared, const uint4* histogram, uint4* other,
-                                  int pass, bool one, int drop) {
-  const Target(&targets)[2] = shared.targets;
+template <bool kPlain>
+__device__ __forceinline__ void sum_groups(SelectShared& shared, const uint4* histogram,
+                                           uint4* other, int pass, bool one, int drop) {
+  const Target targets[2] = {shared.targets[0], shared.targets[1]};  // read once
 #pragma unroll 1
   for (int bin = threadIdx.x; bin < kBins; bin += blockDim.x) {
     const uint4 parts = histogram[bin];
@@ -121,7 +126,7 @@ __device__ inline void sum_groups(SelectShared& shared, const uint4* histogram, 
       if (one ? i > 0 : !targets[i].open) continue;
       const int bits = bits_of(one ? 0 : targets[i].least, bin, pass);
       const uint64_t sum =
-          warp_sum(sum_of_bin(parts, i, one, !one && targets[i].by_count, bits, drop));
+          warp_sum(sum_of_bin(parts, i, one, !kPlain && !one && targets[i].by_count, bits, drop));
       if (threadIdx.x % 32 == 0) shared.coarse[i][bin / 32] = sum;
     }
   }
@@ -183,12 +188,19 @@ __device__ inline void want_mass(Target& target, const Masses& masses) {
   }
 }
 
-// Sends each lane's word to slot [of this block][lane] of all blocks.
+// The target that a warp narrows, and the first block that it sends to: the warps of a target share
+// the blocks out.
+__device__ inline int target_of_warp() { return threadIdx.x / 32 % 2; }
+__device__ inline int first_receiver() { return threadIdx.x / 64; }
+// The one of a target's warps that settles it.
+__device__ inline bool leads() { return threadIdx.x < 64; }
+
+// Sends each lane's word to slot [of this block][lane] of this warp's receivers.
 __device__ __forceinline__ void send_words(Mailbox& box, uint64_t* slots, uint64_t word,
                                            const Ranks& ranks) {
   uint64_t* to = slots + ranks.rank() * kBlockWords + threadIdx.x % 32;
-#pragma unroll 4
-  for (int r = 0; r < ranks.count(); ++r) box.send(to, r, word);
+#pragma unroll 1
+  for (int r = first_receiver(); r < ranks.count(); r += blockDim.x / 64) box.send(to, r, word);
 }
 
 // Each lane's words of all blocks, added up.
@@ -200,47 +212,41 @@ __device__ __forceinline__ uint64_t sum_words(const uint64_t* slots, const Ranks
   return sum;
 }
 
-// Run by one warp: a group's sum over the cluster, of which `mine` is this block's. of_warps: the
-// block's masses, by warp, whose sum over the cluster `masses` gets; null: not wanted.
+// A group's sum over the cluster, of which `mine` is this block's. of_warps: the block's masses, by
+// warp, whose sum over the cluster `masses` gets; null: not wanted.
 __device__ __forceinline__ uint64_t exchange_coarse(Exchanges& own, BlockSums* blocks,
                                                     uint64_t mine, const Masses* of_warps,
-                                                    Masses& masses, const Ranks& ranks) {
-  const int count = ranks.count(), lane = threadIdx.x % 32;
+                                                    Masses& masses, unsigned round,
+                                                    const Ranks& ranks) {
+  const int count = ranks.count(), lane = threadIdx.x % 32, turn = round & 1;
   const bool alone = count == 1;
   if (!alone) {
-    if (lane == 0) own.coarse.expect(count * (32 * 8 + (of_warps ? sizeof(Masses) : 0)));
-    send_words(own.coarse, blocks->coarse, mine, ranks);
+    if (leads() && lane == 0) {
+      own.coarse.expect(count * (32 * 8 + (of_warps ? sizeof(Masses) : 0)));
+    }
+    send_words(own.coarse, blocks->coarse[turn].sums, mine, ranks);
   }
-  if (of_warps != nullptr) {  // added up while the groups' sums are on their way
+  if (of_warps != nullptr && leads()) {  // added up while the groups' sums are on their way
     if (lane < blockDim.x / 32) masses = of_warps[lane];
     masses = masses.over_warp();
     if (!alone && lane < count) {
-      Masses& to = blocks[ranks.rank()].masses;
+      Masses& to = blocks[ranks.rank()].coarse[turn].masses;
       own.coarse.send(reinterpret_cast<uint64_t*>(&to), lane, masses.word());
     }
   }
   if (alone) return mine;
-  own.coarse.wait(own.round);
+  own.coarse.wait(round);
   if (of_warps != nullptr) {
     masses = Masses{};
 #pragma unroll 4
-    for (int r = 0; r < count; ++r) masses.add(blocks[r].masses);
+    for (int r = 0; r < count; ++r) masses.add(blocks[r].coarse[turn].masses);
   }
-  return sum_words(blocks->coarse, ranks);
+  return sum_words(blocks->coarse[turn].sums, ranks);
 }
 
-// Run by one warp: a bin's sum over the cluster, of which `mine` is this block's.
-__device__ __forceinline__ uint64_t exchange_fine(Exchanges& own, BlockSums* blocks, uint64_t mine,
-                                                  const Ranks& ranks) {
-  if (ranks.count() == 1) return mine;
-  if (threadIdx.x % 32 == 0) own.fine.expect(ranks.count() * 32 * 8);
-  send_words(own.fine, blocks->fine, mine, ranks);
-  own.fine.wait(own.round);
-  return sum_words(blocks->fine, ranks);
-}
-
-// Run by warp i: narrows target i by one histogram, over all blocks. Both exchanges take place even
-// where the first one settles it: they tell that all blocks have read what came before.
+// Narrows a target by one histogram, over all blocks; run by its warps, of which the first one gets
+// the outcome. Both exchanges take place even where the first one settles it: they tell that all
+// blocks have read what came before.
 template <bool kPlain>
 __device__ __forceinline__ void narrow(Target& target, SelectShared& shared,
                                        const SelectState& state, const uint4* histogram, int i,
@@ -252,16 +258,19 @@ __device__ __forceinline__ void narrow(Target& target, SelectShared& shared,
   Masses masses;
   const uint64_t in_group =
       exchange_coarse(own, blocks, shared.coarse[one ? 0 : i][from_top],
-                      pass == 0 ? shared.warp_masses : nullptr, masses, ranks);
+                      pass == 0 ? shared.warp_masses : nullptr, masses, state.round, ranks);
   if (pass == 0 && !by_count) want_mass(target, masses);
   const Crossing group = find_crossing(in_group, target.want);
   const int bin = 32 * max(group.at, 0) + from_top;
-  const uint64_t in_bin = exchange_fine(
-      own, blocks,
-      sum_of_bin(histogram[bin], i, one, by_count, bits_of(target.least, bin, pass), state.drop),
-      ranks);
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) ++own.round;
+  uint64_t in_bin =
+      sum_of_bin(histogram[bin], i, one, by_count, bits_of(target.least, bin, pass), state.drop);
+  if (ranks.count() > 1) {
+    if (leads() && threadIdx.x % 32 == 0) own.fine.expect(ranks.count() * 32 * 8);
+    send_words(own.fine, blocks->fine, in_bin, ranks);
+    if (!leads()) return;
+    own.fine.wait(state.round);
+    in_bin = sum_words(blocks->fine, ranks);
+  }
   if (!target.open) return;  // the resident tokens are enough
   if (group.at < 0) {        // all that have these bits do not reach it, up to rounding
     target.least <<= shift_of(pass) + kBinBits;
@@ -275,8 +284,8 @@ __device__ __forceinline__ void narrow(Target& target, SelectShared& shared,
 template <bool kPlain>
 __device__ __forceinline__ void add_matching(const Run& run, const Adder<kPlain>& adder) {
 #pragma unroll 1
-  for (int tile = 0, left = run.tiles; left > 0; ++tile, --left) {
-    const int4 bits = run.load(tile);
+  for (int t = run.first(); t < run.stop; t += kTile) {
+    const int4 bits = run.load(t);
     adder.add(bits.x);
     adder.add(bits.y);
     adder.add(bits.z);
@@ -290,7 +299,7 @@ template <bool kPlain>
 __device__ __forceinline__ void select(const Run& run, SelectState& state, const Ranks& ranks,
                                        SelectShared& shared) {
   const Target(&targets)[2] = shared.targets;
-  const int warp = threadIdx.x / 32;
+  const int mine = target_of_warp();
   __syncthreads();
 #pragma unroll 1
   for (int pass = 0; targets[0].open || targets[1].open; ++pass) {
@@ -301,13 +310,14 @@ __device__ __forceinline__ void select(const Run& run, SelectState& state, const
       add_matching(run, Adder<kPlain>(targets, histogram, pass, state.drop));
       __syncthreads();
     }
-    sum_groups(shared, histogram, other, pass, one, state.drop);
+    Target target = targets[mine];  // read before the first of its warps may be done
+    sum_groups<kPlain>(shared, histogram, other, pass, one, state.drop);
     __syncthreads();
-    if (warp < 2 && targets[warp].open) {
-      Target target = targets[warp];
-      narrow<kPlain>(target, shared, state, histogram, warp, pass, one, ranks);
+    if (target.open && first_receiver() < ranks.count()) {
+      narrow<kPlain>(target, shared, state, histogram, mine, pass, one, ranks);
       __syncwarp();
-      if (threadIdx.x % 32 == 0) shared.targets[warp] = target;
+      if (leads() && threadIdx.x % 32 == 0) shared.targets[mine] = target;
+      ++state.round;
     }
     __syncthreads();
   }

@@ -16,6 +16,10 @@
 // Bytes moved a visible token and KV head: 4 * G of scores, 1 of grades, 4 where exact. Source:
 // Twilight (arXiv 2502.02770), Algorithm 1, its bisection replaced by a radix select (RadiK,
 // 2501.14336).
+//
+// Before it waits for its inputs it reads the step's metadata (query_seq, positions, where contexts
+// and windows start). The kernel just before it must not write that; in a step, torch's kernels do,
+// in front of append and estimate (csrc/dependent_launch.cuh).
 #include <bit>
 
 #include "csrc/cluster_select.cuh"
@@ -65,14 +69,14 @@ __device__ void mark(const Share& s, const Target (&targets)[2], int lane, const
   if (exact.by_count && exact.ties != INT_MAX) {
     Tally ties{};
     for (int t = s.run.begin + lane; t < s.run.end; t += 32) {
-      ties.exact += s.run.word(t - s.run.origin) == exact.least;
+      ties.exact += s.run.word(t) == exact.least;
     }
     ties_before = exact_in_front(ties, tie_tallies[tie_rounds & 1], tie_rounds / 2, ranks);
     ++tie_rounds;
   }
   for (int at = s.run.begin; at < s.run.end; at += 32) {
     const int t = at + lane;
-    const int bits = t < s.run.end ? s.run.word(t - s.run.origin) : kNotCandidate;
+    const int bits = t < s.run.end ? s.run.word(t) : kNotCandidate;
     const bool tie = bits >= 0 && bits == exact.least;
     const unsigned ties = __ballot_sync(kAllLanes, tie);
     const int place = ties_before + __popc(ties & ((1u << lane) - 1));
@@ -91,7 +95,7 @@ __device__ void expand(const Share& s, int page_size, int lane) {
   __syncwarp();
   for (int page = s.run.begin / page_size; page * page_size < s.run.end; ++page) {
     const int from = max(page * page_size, max(s.run.begin, s.first));
-    const int to = min((page + 1) * page_size, min(s.run.end, s.list_end()));
+    const int to = min((page + 1) * page_size, min(s.run.end, s.list_end));
     bool any = false;
     for (int t = from + lane; t < to; t += 32) any |= s.grades[t] == kGradeExact;
     if (!__any_sync(kAllLanes, any)) continue;
@@ -111,7 +115,7 @@ __device__ void set_targets(const Share& s, const PruneParams& p, Target (&targe
   if (top <= 0.f) target.least = kNothing, target.open = false;
   const int k = exact && p.top_k != nullptr ? p.top_k[s.seq] : 0;
   if (k > 0) {
-    const int residents = (s.stop - s.start) - (s.list_end() - s.first);
+    const int residents = (s.stop - s.start) - (s.list_end - s.first);
     target.by_count = true;
     target.open = k > residents;
     target.want = max(0, k - residents);
@@ -130,7 +134,7 @@ __device__ void set_scales(const Share& s, const PruneParams& p, int heads, Head
   }
 }
 
-template <bool kPlain, bool kWhole>
+template <bool kPlain, Heads kCount>
 __global__ void __launch_bounds__(kMostThreads, 1)
     prune_kernel(const PruneParams p, const Plan plan) {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -142,6 +146,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       reinterpret_cast<HeadScale*>(tiles + plan.kept_tiles * (blockDim.x / 32) * kTile) +
       warp * p.group;
   const Ranks ranks;
+  Share s(p, plan);
   prepare(shared.select);
   if (threadIdx.x == 0) {
     for (Tallies& ties : shared.ties) ties.box.open();
@@ -151,23 +156,22 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   __syncwarp();
   ranks.arrive();
   let_next_start();
-  __syncthreads();  // the block's own part of it is prepared
-  Share s(p, plan);
-  wait_for_inputs();
-  const float first_lse = lane < p.group ? __ldcg(s.lse + lane) : 0.0f;
   // Whole pages where one exact token makes its page exact.
   s.find_run(p, ranks, !kPlain && p.expand_pages ? p.page_size : kTile, tiles, plan);
-  SelectState state{bits_to_drop(s.tokens), 0, blocks};
+  // In the second histogram, which comes later. A barrier: the block's own memory is prepared.
+  s.find_by_now(reinterpret_cast<Dealt*>(shared.select.histograms[1])[warp]);
+  wait_for_inputs();
+  const float first_lse = lane < p.group ? __ldcg(s.lse + lane) : 0.0f;
+  SelectState state{bits_to_drop(s.tokens), 0, 0, blocks};
   Masses masses;
   int tie_rounds = 0;
   for (int rule = 0; rule < (!kPlain && p.unite ? p.group : 1); ++rule) {
     const int heads = !kPlain && p.unite ? 1 : p.group;
-    const Source source(s, p, s.run.token(0), rule);
-    Batch<kPlain, kWhole> batch;
-    batch.load(s, p, source, s.run.token(0), 0, heads);
+    const Source source(s, p, rule);
+    Batch<kPlain, kCount> batch;
+    batch.load(s, p, source, s.run.first(), 0, heads);
     set_scales(s, p, heads, scales, first_lse, lane);
     set_targets(s, p, shared.select.targets);
-    if (rule == 0) s.find_whole_tiles();
     if (!kPlain && rule == 0) grade_all(s, p, lane);
     if (kPlain) {
       __syncwarp();
@@ -273,9 +277,9 @@ Plan plan_launch(const PruneParams& p, const AtOnce* at_once, int most_bytes) {
   return plan;
 }
 
-template <bool kPlain, bool kWhole>
+template <bool kPlain, Heads kCount>
 cudaError_t launch(const PruneParams& p, cudaStream_t stream) {
-  const auto kernel = prune_kernel<kPlain, kWhole>;
+  const auto kernel = prune_kernel<kPlain, kCount>;
   const int most_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const bool clusters = attribute(cudaDevAttrClusterLaunch);
   cudaError_t status =
@@ -299,8 +303,10 @@ cudaError_t launch_prune(const PruneParams& p, cudaStream_t stream) {
   const bool one_error = p.errors == nullptr || p.page_size % 4 == 0;  // for a lane's four tokens
   const bool plain = vectors && one_error && (!p.unite || p.group == 1) && p.top_k == nullptr &&
                      (p.candidates == nullptr || p.dropped) && !p.expand_pages;
-  if (!plain) return launch<false, false>(p, stream);
-  return p.group % kHeads == 0 ? launch<true, true>(p, stream) : launch<true, false>(p, stream);
+  if (!plain) return launch<false, Heads::kAny>(p, stream);
+  if (p.group == kHeads) return launch<true, Heads::kOneBatch>(p, stream);
+  return p.group % kHeads == 0 ? launch<true, Heads::kFullBatches>(p, stream)
+                               : launch<true, Heads::kAny>(p, stream);
 }
 
 }  // namespace twilight

@@ -82,31 +82,28 @@ __device__ __forceinline__ unsigned sign_bytes(int a, int b, int c, int d) {
 
 constexpr unsigned kOnes = 0x01010101u;
 
-// What becomes of a lane's four tokens of a tile, a byte each. Only the lowest bit of `exact` and
-// `index` counts.
+// What becomes of a lane's four tokens of a tile, a byte each; 1 or 0 in `exact` and `index`.
 struct Marks {
   unsigned exact = 0, index = 0;  // the listed ones of these grades
   unsigned grades = 0;
 
   Marks() = default;
-  // By their weights; outside: the grades of those of no candidate.
-  __device__ __forceinline__ Marks(const int4& bits, const int (&least)[2], unsigned outside) {
+  // By their weights; those of no candidate are of none.
+  __device__ __forceinline__ Marks(const int4& bits, const int (&least)[2]) {
     const int a = least[kExactTarget], b = least[kIndexTarget];
     const unsigned below_exact = sign_bytes(bits.x - a, bits.y - a, bits.z - a, bits.w - a);
     const unsigned below_index = sign_bytes(bits.x - b, bits.y - b, bits.z - b, bits.w - b);
     exact = ~below_exact & kOnes;
     index = below_exact & ~below_index & kOnes;
     grades = (~below_exact & kGradeExact * kOnes) | (index & kGradeIndex * kOnes);
-    if (outside != 0) grades |= sign_bytes(bits.x, bits.y, bits.z, bits.w) & outside;
   }
 };
 static_assert(kGradeTail == 0 && kGradeIndex == 1, "Marks adds grades up");
 
 // In the plain case, the grades that a lane's four tokens of a tile have where they are no
-// candidates: a list token is dropped, a resident one exact. 0: they all are candidates.
-__device__ __forceinline__ unsigned grades_outside(const Share& s, const PruneParams& p, int t,
-                                                   bool whole) {
-  if (whole) return p.dropped ? kGradeDropped * kOnes : 0;
+// candidates: a list token is dropped, a resident one exact. whole: all are list tokens.
+__device__ __forceinline__ unsigned grades_outside(const Share& s, int t, bool whole) {
+  if (whole) return kGradeDropped * kOnes;
   unsigned grades = 0;
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) {
@@ -138,42 +135,52 @@ __device__ inline float mean_mass(const Share& s, const PruneParams& p, int t, u
   return mass;
 }
 
-__device__ __forceinline__ float chosen_mass(const int4& bits, unsigned exact) {
-  const float w[4] = {__int_as_float(bits.x), __int_as_float(bits.y), __int_as_float(bits.z),
-                      __int_as_float(bits.w)};
-  float mass = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) mass += exact >> (8 * i) & 1 ? w[i] : 0.0f;
-  return mass;
+// Adds those weights of a lane's four tokens that reach `least`.
+__device__ __forceinline__ void add_chosen(const int4& bits, int least, float& mass) {
+  if (bits.x >= least) mass += __int_as_float(bits.x);
+  if (bits.y >= least) mass += __int_as_float(bits.y);
+  if (bits.z >= least) mass += __int_as_float(bits.z);
+  if (bits.w >= least) mass += __int_as_float(bits.w);
 }
 
-__device__ __forceinline__ void store_grades(const Share& s, int t, unsigned grades, bool whole) {
-  uint8_t* to = s.grades + t;
-  if (whole && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
-    *reinterpret_cast<unsigned*>(to) = grades;
+__device__ __forceinline__ void store_four(const Share& s, int t, unsigned grades) {
+  *reinterpret_cast<unsigned*>(s.grades + t) = grades;
+}
+
+// Writes the grades of a lane's four tokens of any tile, in the plain case. grades: of those that
+// are candidates; aligned: whether a tile's can be stored as words.
+__device__ __forceinline__ void store_grades(const Share& s, int t, const int4& bits,
+                                             unsigned grades, bool aligned) {
+  const bool whole = s.lists_tile(t);
+  grades |= sign_bytes(bits.x, bits.y, bits.z, bits.w) & grades_outside(s, t, whole);
+  if (whole && aligned) {
+    store_four(s, t, grades);
     return;
   }
+#pragma unroll 1
   for (int i = 0; i < 4; ++i) {
-    if (s.run.holds(t + i)) to[i] = grades >> (8 * i) & 255;
+    if (s.run.holds(t + i)) s.grades[t + i] = grades >> (8 * i) & 255;
   }
 }
 
-// Appends a warp's chosen tokens of a tile to the words of its run, `count` so far: they take no
-// more than this tile and those before had, which nobody reads again. Returns the new count.
-__device__ __forceinline__ int append(const Run& run, int count, int t, unsigned chosen) {
+// Appends a warp's chosen tokens of a tile to the words of its run, of which those in front of
+// token `next` are taken: they take no more than this tile and those before had, which nobody reads
+// again. lanes: a bit each where a token is chosen. Returns the new `next`.
+__device__ __forceinline__ int append(const Run& run, int next, int t, unsigned chosen,
+                                      unsigned lanes) {
   const unsigned below = (1u << threadIdx.x % 32) - 1;
-  const int chosen_here = __popc(chosen);
-  int mine = count;
+  unsigned more = chosen;
+  int mine = next;
 #pragma unroll 1
-  for (int n = 1; n <= 4; ++n) {  // lanes with n or more; hardly any has two
-    const unsigned lanes = __ballot_sync(kAllLanes, chosen_here >= n);
-    if (lanes == 0) break;
+  do {
     mine += __popc(lanes & below);
-    count += __popc(lanes);
-  }
+    next += __popc(lanes);
+    more &= more - 1;  // hardly any lane has two
+    lanes = __ballot_sync(kAllLanes, more != 0);
+  } while (lanes != 0);
 #pragma unroll 1
   for (; chosen != 0; chosen &= chosen - 1) run.put(mine++, t + unsigned(__ffs(chosen)) / 8);
-  return count;
+  return next;
 }
 
 // The one look at a warp's tokens: leaves the exact ones at the front of its run, writes the grades
@@ -182,27 +189,32 @@ __device__ __forceinline__ int append(const Run& run, int count, int t, unsigned
 template <bool kPlain>
 __device__ __forceinline__ int collect(const Share& s, const PruneParams& p, const int (&least)[2],
                                        Tally& mine) {
-  int count = 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(s.grades) % 4 == 0;
+  const unsigned easy_tokens = held(kPlain && aligned && !p.dropped ? s.whole_tokens : 0);
+  int next = s.run.origin;
 #pragma unroll 1
-  for (int tile = 0, left = s.run.tiles; left > 0; ++tile, --left) {
-    const int t = s.run.token(tile);
+  for (int t = s.run.first(); t < s.run.stop; t += kTile) {
     int4 bits;
     Marks marks;
     if constexpr (kPlain) {
-      const bool whole = s.lists_tile(tile);
-      bits = s.run.load(tile);
-      marks = Marks(bits, least, grades_outside(s, p, t, whole));
-      store_grades(s, t, marks.grades, whole);
+      bits = s.run.load(t);
+      marks = Marks(bits, least);
+      if (unsigned(t - s.whole_from) < easy_tokens) {
+        store_four(s, t, marks.grades);
+      } else {
+        store_grades(s, t, bits, marks.grades, aligned);
+      }
     } else {
       marks = marks_of_grades(s, t);
       mine.mass += mean_mass(s, p, t, marks.exact);
     }
-    mine.index += __popc(marks.index);
-    if (!__any_sync(kAllLanes, marks.exact != 0)) continue;
-    if constexpr (kPlain) mine.mass += chosen_mass(bits, marks.exact);
-    count = append(s.run, count, t, marks.exact);
+    mine.index = __dp4a(marks.index, kOnes, unsigned(mine.index));
+    const unsigned lanes = __ballot_sync(kAllLanes, marks.exact != 0);
+    if (lanes == 0) continue;
+    if constexpr (kPlain) add_chosen(bits, least[kExactTarget], mine.mass);
+    next = append(s.run, next, t, marks.exact, lanes);
   }
-  return count;
+  return next - s.run.origin;
 }
 
 // Writes the list, counts and mass, and in the plain case the grades. resident: the mass of a
@@ -218,7 +230,8 @@ __device__ __forceinline__ void write_lists(const Share& s, const PruneParams& p
   if (lane == 0) mine.exact = count;
   const int place = exact_in_front(mine, tallies, 0, ranks);
   int* list = p.exact_tokens + s.row * p.exact_capacity + place;
-  for (int i = lane; i < count; i += 32) list[i] = s.run.word(i);
+#pragma unroll 1
+  for (int i = lane; i < count; i += 32) list[i] = s.run.word(s.run.origin + i);
   if (ranks.rank() > 0 || threadIdx.x >= 32) return;
   Tally all{};
   if (lane < ranks.count()) all = tallies.of_block(lane);

@@ -24,55 +24,61 @@ constexpr int kEverything = 0;       // one that each candidate's do
 constexpr int kExactTarget = 0;
 constexpr int kIndexTarget = 1;
 
-// A warp's tokens and the bits of their weights, by tile; those of no candidate are negative.
+// A warp's tokens and the bits of their weights, by tile; those of no candidate are negative. A
+// tile's lanes agree on whatever compares one of its tokens with a tile's bounds.
 struct Run {
   int begin, end;  // tokens
-  int origin;      // begin, rounded down to four tokens
-  int tiles;       // from origin on
-  int kept_tiles;
-  unsigned kept;  // address in shared memory, a multiple of 16: the first kept_tiles tiles
-  int* rest;      // global memory, likewise: the others
+  int origin;      // where its tiles begin: `begin`, rounded down to four tokens
+  int stop;        // where they end
+  int rest;        // where those begin that are kept in global memory
+  unsigned kept;   // address in shared memory, a multiple of 16, of token 0 if it were kept there
+  int* rests;      // the row's kept in global memory, likewise
+  unsigned rest_from;  // where in it this warp's are
 
   __device__ bool holds(int t) const { return t >= begin && t < end; }
-  __device__ int token(int tile) const { return origin + tile * kTile + threadIdx.x % 32 * 4; }
+  // This lane's four tokens of the first tile.
+  __device__ int first() const { return origin + threadIdx.x % 32 * 4; }
 
-  // Word i from origin on.
-  __device__ int word(int i) const {
-    const int in_rest = i - kept_tiles * kTile;
-    if (in_rest >= 0) return rest[in_rest];
+  // The word of token t, from origin on.
+  __device__ int word(int t) const {
+    if (t >= rest) return *in_rest(t);
     int word;
-    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(word) : "r"(kept + i * 4) : "memory");
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(word) : "r"(kept + t * 4) : "memory");
     return word;
   }
-  __device__ void put(int i, int word) const {
-    const int in_rest = i - kept_tiles * kTile;
-    if (in_rest >= 0) {
-      rest[in_rest] = word;
+  __device__ void put(int t, int word) const {
+    if (t >= rest) {
+      *in_rest(t) = word;
     } else {
-      asm volatile("st.shared.s32 [%0], %1;" ::"r"(kept + i * 4), "r"(word) : "memory");
+      asm volatile("st.shared.s32 [%0], %1;" ::"r"(kept + t * 4), "r"(word) : "memory");
     }
   }
-  // This lane's four tokens of a tile.
-  __device__ int4 load(int tile) const {
-    const int lane = threadIdx.x % 32, in_rest = tile - kept_tiles;
-    if (in_rest >= 0) return reinterpret_cast<const int4*>(rest)[in_rest * 32 + lane];
+  // A lane's four tokens of a tile, from t on.
+  __device__ int4 load(int t) const {
+    if (t >= rest) {
+      __syncwarp();  // a branch, where predicates would cost the other tiles
+      return *reinterpret_cast<const int4*>(in_rest(t));
+    }
     int4 bits;
     asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-                 : "r"(kept + (tile * 32 + lane) * 16)
+                 : "r"(kept + t * 4)
                  : "memory");
     return bits;
   }
-  __device__ void store(int tile, const int4& bits) const {
-    const int lane = threadIdx.x % 32, in_rest = tile - kept_tiles;
-    if (in_rest >= 0) {
-      reinterpret_cast<int4*>(rest)[in_rest * 32 + lane] = bits;
+  __device__ void store(int t, const int4& bits) const {
+    if (t >= rest) {
+      __syncwarp();  // as above
+      *reinterpret_cast<int4*>(in_rest(t)) = bits;
       return;
     }
-    asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(kept + (tile * 32 + lane) * 16),
-                 "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+    asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(kept + t * 4), "r"(bits.x),
+                 "r"(bits.y), "r"(bits.z), "r"(bits.w)
                  : "memory");
   }
+
+ private:
+  __device__ int* in_rest(int t) const { return rests + held(rest_from + unsigned(t - rest)); }
 };
 
 // One threshold on its way: bits chosen so far, and what is still wanted among those that match.
