@@ -233,17 +233,13 @@ struct LowerWorker {
     live += count;
 #pragma unroll 1
     for (int i = g; i < count; i += 16) {
-      const bool two =
-          i + 8 < count;  // else the first one stands for the second, which is not kept
+      const bool two = i + 8 < count;  // else the first stands in for the second, unkept
       uint32_t t[2], at[2];
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const int mine = u == 0 || two ? i + 8 * u : i;
         t[u] = tokens[mine];
         at[u] = min(put + mine, put + mine - kRingTokens);
-      }
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {
         if (u == 1 && !two) continue;
         ring.copy_codes(v_codes, first_row + t[u], at[u], j);
         if (j != 0) continue;

@@ -17,6 +17,8 @@
 //   list tokens were completed in earlier steps, or by index_pages, which lets the next kernel
 //   start only when they are written.
 // Other callers of estimate_scores keep to the same: the kernel just before it writes neither.
+// Several kernels read the step's metadata before they wait, and nothing else: whatever may still
+// run then was launched after the kernels that wrote it had ended.
 //
 // For the same reasons append_rows may run beside the step's estimate, on another stream that is
 // joined before the step ends: the estimate puts the step's own row into the windows itself, the
