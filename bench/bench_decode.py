@@ -183,7 +183,9 @@ def scale_queries(model: DecoderModel, logit_std: float) -> None:
         weight[:keep] *= target / std
 
 
-def measure_transformers(shape: dict[str, object], context: int, steps: int) -> None:
+def measure_transformers(
+    shape: dict[str, object], context: int, steps: int, records: Path | None
+) -> None:
     """transformers' model with its default and its offloaded cache, same shape, same loop."""
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -212,7 +214,7 @@ def measure_transformers(shape: dict[str, object], context: int, steps: int) -> 
                 torch.cuda.synchronize()
                 times.append(time.perf_counter() - started)
         metrics = {"tpot_ms": statistics.median(times[2:]) * 1e3, "ttft_s": ttft}
-        record("decode", f"transformers-{name}/{context}", metrics)
+        record("decode", f"transformers-{name}/{context}", metrics, path=records)
         del cache, out
         gc.collect()
         torch.cuda.empty_cache()
@@ -225,15 +227,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--logit-std", type=float, default=3.5)
     parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--json", type=Path, help="append records to this file, not bench/results/")
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     if on_gpu and not args.no_transformers:
-        measure_transformers(SHAPES[args.shape], args.context, 14)
+        measure_transformers(SHAPES[args.shape], args.context, 14, args.json)
     model = random_model(args.shape, args.logit_std)
     with torch.inference_mode():
         for case in cases():
             metrics = measure(model, case, args.context, args.steps)
-            record("decode", f"{case.name}/{args.context}", metrics)
+            record("decode", f"{case.name}/{args.context}", metrics, path=args.json)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,9 @@ class LayerOps:
         )
 
     def fetch(self) -> None:
-        gather_rows(self.graded.tiers.host, self.lists, self.graded.windows.rows)
+        graded = self.graded
+        blocks = graded.gather_blocks(self.meta.num_seqs)
+        gather_rows(graded.tiers.host, self.lists, graded.windows.rows, num_blocks=blocks)
 
     def attend_lower(self) -> None:
         self.states["lower"] = attend_lower(

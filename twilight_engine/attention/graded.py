@@ -233,21 +233,22 @@ class GradedAttention:
             shared_pages=self.cache.shares_pages,
         )
         if self.cache.on_gpu:
-            num_blocks = NUM_BLOCKS
-            if self.has_lower:
-                num_blocks = max(LEAST_BLOCKS, STEP_BLOCKS // meta.num_seqs)
             gather_rows(
                 self.tiers.host,
                 fetch,
                 self.windows.rows,
                 counters=counters,
                 times=log.link_ns[self.layer],
-                num_blocks=num_blocks,
+                num_blocks=self.gather_blocks(meta.num_seqs),
             )
             return locations
         with log.time_link():
             gather_rows(self.tiers.host, fetch, self.windows.rows, counters=counters)
         return locations
+
+    def gather_blocks(self, num_seqs: int) -> int:
+        """Thread blocks that fetch a step's rows."""
+        return max(LEAST_BLOCKS, STEP_BLOCKS // num_seqs) if self.has_lower else NUM_BLOCKS
 
     def _attend_exact(
         self, q: Tensor, exact: RowLists, locations: Tensor, meta: StepMeta
