@@ -37,8 +37,8 @@ __device__ __forceinline__ void announce(uint64_t* words, int segment, int at, u
   store_relaxed(words + word_of(segment, at), uint64_t{tag} << 32 | static_cast<unsigned>(value));
 }
 
-// Waits for words: which[i] becomes the value of word which[i], or kNotAnnounced if it does not
-// come or is negative.
+// Waits for words: which[i] becomes the value of word which[i], or kNotAnnounced where no word is
+// asked for (which[i] < 0) or it does not come.
 template <int kCount>
 __device__ __forceinline__ void await_words(const uint64_t* words, unsigned tag,
                                             int (&which)[kCount]) {

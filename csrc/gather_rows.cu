@@ -17,9 +17,8 @@
 // their slots, by the misses that it announces. Once the lists are there, those that name the same
 // rows are stored and others are read as ever.
 //
-// With `times` the blocks also note when the first
-// began and the last ended, by the GPU's own clock: timing events inside a CUDA graph could be read
-// only between two replays.
+// With `times` the blocks also note when the first began and the last ended, by the GPU's own
+// clock: timing events inside a CUDA graph could be read only between two replays.
 #include "csrc/announced_misses.cuh"
 #include "csrc/block_scan.cuh"
 #include "csrc/common.cuh"

@@ -197,6 +197,9 @@ class HotRows:
     first_row: int
 
 
+ANNOUNCED_WORDS = 1024  # kAnnouncedWords in csrc/announced_misses.cuh
+
+
 @dataclass(frozen=True)
 class Announced:
     """Where resolve_rows tells gather_rows of misses that have no slots yet, on a GPU.
@@ -207,9 +210,6 @@ class Announced:
     words: Tensor  # [B, Hkv, ANNOUNCED_WORDS] int64
     step: Tensor  # the hot rows' step counter
     layer: int
-
-
-ANNOUNCED_WORDS = 1024  # kAnnouncedWords in csrc/announced_misses.cuh
 
 
 @dataclass(frozen=True)

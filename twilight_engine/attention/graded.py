@@ -121,7 +121,7 @@ class GradedAttention:
     ) -> list[AttendState]:
         pruned, scores, lse = self._prune(q, meta, buffers, new_rows)
         graded = None
-        if self.cache.on_gpu:
+        if self.cache.on_gpu and self.has_lower:
             graded = torch.cuda.current_stream(self.cache.device).record_event()
         locations = self._fetch(pruned.exact, meta, buffers)
         states = self._start_lower(scores, lse, pruned, meta, graded)
