@@ -20,9 +20,9 @@
 // Several kernels read the step's metadata before they wait, and nothing else: whatever may still
 // run then was launched after the kernels that wrote it had ended.
 //
-// For the same reasons append_rows may run beside the step's estimate, on another stream that is
-// joined before the step ends: the estimate puts the step's own row into the windows itself, the
-// same bytes in the same place (p.new_k), for itself and for attend_rows behind it.
+// For the same reasons append_rows may run beside or behind the step's estimate, on another stream
+// that is joined before the step ends: the estimate puts the step's own row into the windows
+// itself, the same bytes in the same place (p.new_k), for itself and for attend_rows behind it.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -37,7 +37,8 @@ class RandomTokens:
         shape = (model.num_layers, batch, model.num_kv_heads, cache.plan.capacity)
         self.masks = torch.zeros(shape, dtype=torch.uint8, device=cache.device)
         self._favour = torch.rand(shape, device=cache.device).pow(8)
-        self._streams = [s for s in (cache.copy_stream, cache.side_stream) if s is not None]
+        streams = (cache.copy_stream, cache.side_stream, cache.append_stream)
+        self._streams = [s for s in streams if s is not None]
         self._clock = clock
 
     def draw(self) -> None:

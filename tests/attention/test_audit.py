@@ -165,7 +165,7 @@ def test_a_list_that_misses_its_heaviest_row_is_found_out(device):
                 cache.buffers[layer].first(1).pruned.exact.counts.zero_()
                 return out
 
-            cut.side_stream = attend.side_stream
+            cut.appends = attend.appends
             graded[layer] = cut
         run.step()
         found = run.assert_right(0)

@@ -9,12 +9,17 @@ from torch import Tensor
 
 from twilight_engine.attention.audit import Audit, Auditor
 from twilight_engine.attention.graded import GradedAttention
-from twilight_engine.attention.step import bucket, page_table, window_start, with_sliding_window
+from twilight_engine.attention.step import (
+    append_step,
+    bucket,
+    page_table,
+    window_start,
+    with_sliding_window,
+)
 from twilight_engine.attention.streamed import StreamedAttention
 from twilight_engine.config import SparseConfig
 from twilight_engine.kv.cache import KVCache, SequenceKV
 from twilight_engine.layout import StepMeta
-from twilight_engine.ops.append_rows import append_rows
 from twilight_engine.ops.attend_pages import attend_pages
 from twilight_engine.ops.lsh_codes import write_lsh_codes
 from twilight_engine.ops.merge_states import merge_states
@@ -132,20 +137,9 @@ class DecodeAttention:
         tiers = self.cache.layers[layer]
         meta = self._metas[self.cache.model.sliding_windows[layer]]
         graded = self._graded.get(layer)
-        side = None if graded is None else graded.side_stream
-        if side is not None:
-            side.wait_stream(torch.cuda.current_stream(k.device))
-        with torch.cuda.stream(side):  # the current one where it is None
-            append_rows(
-                k,
-                v,
-                tiers.windows,
-                tiers.host,
-                meta,
-                index=tiers.index,
-                counters=self.cache.log.counters[layer],
-                pages=tiers.pages,
-            )
+        appends = graded is not None and graded.appends
+        if not appends:
+            append_step(self.cache, layer, k, v, meta)
         if tiers.pages is not None:
             scale = self.cache.model.softmax_scale
             state = attend_pages(q, tiers.pages, meta.page_table, meta, softmax_scale=scale)
@@ -155,7 +149,7 @@ class DecodeAttention:
             write_lsh_codes(k, meta, tiers.lsh, tiers.index)
         if graded is None:
             return self._streamed(layer, q, meta)
-        out = graded(q, meta, None if side is None else (k, v))
+        out = graded(q, meta, (k, v) if appends else None)
         self._audit(layer, q, out)
         return out
 

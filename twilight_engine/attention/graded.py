@@ -13,6 +13,8 @@ from twilight_engine.attention.selectors import (
     LshSelector,
     make_selector,
 )
+from twilight_engine.attention.shared_config import shared_config
+from twilight_engine.attention.step import append_step
 from twilight_engine.config import SparseConfig
 from twilight_engine.kv.cache import KVCache
 from twilight_engine.kv.tiers import StepBuffers
@@ -49,7 +51,7 @@ class GradedAttention:
 
     def __init__(self, cache: KVCache, layer: int, configs: Sequence[SparseConfig]) -> None:
         self.cache, self.layer = cache, layer
-        self.config = config = _shared(layer, configs)
+        self.config = config = shared_config(layer, configs)
         tiers = cache.layers[layer]
         assert tiers.windows is not None and tiers.index is not None
         self.tiers, self.windows, self.index = tiers, tiers.windows, tiers.index
@@ -79,15 +81,14 @@ class GradedAttention:
             self.top_k = torch.tensor(budgets, dtype=torch.int32, device=device)
 
     @property
-    def side_stream(self) -> torch.cuda.Stream | None:
-        """Where the step's rows may be appended while this layer is attended; None: before it.
+    def appends(self) -> bool:
+        """Whether this layer appends the step's rows itself, beside its attention.
 
         The estimate brings the rows into the windows then, and nothing else needs them in a step;
         a selector reads what append_rows leaves, and without an estimate nobody brings them.
         """
-        if self.config.keeps_every_row or self.config.selector != "all":
-            return None
-        return self.cache.side_stream
+        all_estimated = not self.config.keeps_every_row and self.config.selector == "all"
+        return self.cache.append_stream is not None and all_estimated
 
     def __call__(
         self, q: Tensor, meta: StepMeta, new_rows: tuple[Tensor, Tensor] | None = None
@@ -96,9 +97,9 @@ class GradedAttention:
 
         Args:
             q: [N, Hq, D].
-            new_rows: the step's K and V [N, Hkv, D], which the caller appends on side_stream; None:
-                they are appended already.
-        Returns: [N, Hq, D] in q's dtype; side_stream is joined.
+            new_rows: the step's K and V [N, Hkv, D] if this layer `appends`; None: they are
+                appended already.
+        Returns: [N, Hq, D] in q's dtype.
         """
         buffers = self._buffers(meta.num_queries)
         if self.config.keeps_every_row:
@@ -121,14 +122,36 @@ class GradedAttention:
     ) -> list[AttendState]:
         pruned, scores, lse = self._prune(q, meta, buffers, new_rows)
         graded = None
-        if self.cache.on_gpu and self.has_lower:
-            graded = torch.cuda.current_stream(self.cache.device).record_event()
+        if self.cache.on_gpu and (self.has_lower or new_rows is not None):
+            graded = self._current_stream.record_event()
         locations = self._fetch(pruned.exact, meta, buffers)
         states = self._start_lower(scores, lse, pruned, meta, graded)
+        if new_rows is not None:
+            self._append(new_rows, meta, graded)
         states.append(self._attend_exact(q, pruned.exact, locations, meta))
-        if self.cache.side_stream is not None and (self.has_lower or new_rows is not None):
-            torch.cuda.current_stream(self.cache.device).wait_stream(self.cache.side_stream)
+        if self.cache.side_stream is not None and self.has_lower:
+            self._current_stream.wait_stream(self.cache.side_stream)
+        if self.cache.append_stream is not None and new_rows is not None:
+            self._current_stream.wait_stream(self.cache.append_stream)
         return states  # lse and the lower grades' state were kept until the streams met again
+
+    @property
+    def _current_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.cache.device)
+
+    def _append(
+        self, rows: tuple[Tensor, Tensor], meta: StepMeta, graded: torch.cuda.Event | None
+    ) -> None:
+        """Append the step's rows, on a stream beside resolve, fetch and attention.
+
+        Beside estimate and prune its blocks would take the places of theirs, which want all
+        multiprocessors.
+        """
+        stream = self.cache.append_stream
+        assert stream is not None and graded is not None
+        stream.wait_event(graded)
+        with torch.cuda.stream(stream):
+            append_step(self.cache, self.layer, *rows, meta)
 
     def _start_lower(
         self,
@@ -269,27 +292,3 @@ class GradedAttention:
         buffers = self.cache.buffers[self.layer]
         assert n <= buffers.scores.shape[0]
         return buffers.first(n)
-
-
-def _shared(layer: int, configs: Sequence[SparseConfig]) -> SparseConfig:
-    """The config of a batch, whose members may differ in their p, k and audits alone."""
-    first = configs[0]
-    for other in configs[1:]:
-        alike = other.replace(
-            attn_top_p=first.attn_top_p,
-            attn_top_k=first.attn_top_k,
-            index_top_p=first.index_top_p,
-            by_layer=first.by_layer,
-            audit_every=first.audit_every,
-        )
-        if (
-            alike != first
-            or other.keeps_every_row != first.keeps_every_row
-            or (other.index_top_p is None) != (first.index_top_p is None)
-            or (other.attn_top_k is None) != (first.attn_top_k is None)
-        ):
-            raise ValueError(
-                f"layer {layer}: sequences of one batch may differ in attn_top_p (below 1), "
-                f"index_top_p, attn_top_k and audit_every alone; got {first} and {other}"
-            )
-    return first

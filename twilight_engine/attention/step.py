@@ -10,6 +10,7 @@ from torch import Tensor
 
 from twilight_engine.kv.cache import KVCache, SequenceKV
 from twilight_engine.layout import NO_ROW, StepMeta
+from twilight_engine.ops.append_rows import append_rows
 
 
 def window_start(length: int, num_recent: int, page_size: int) -> int:
@@ -40,6 +41,21 @@ def with_sliding_window(meta: StepMeta, window: int | None) -> StepMeta:
     if window is None:
         return meta
     return dataclasses.replace(meta, ctx_starts=(meta.positions + 1 - window).clamp_(min=0))
+
+
+def append_step(cache: KVCache, layer: int, k: Tensor, v: Tensor, meta: StepMeta) -> None:
+    """Append a decode step's rows, k and v [N, Hkv, D], to every tier of a layer."""
+    tiers = cache.layers[layer]
+    append_rows(
+        k,
+        v,
+        tiers.windows,
+        tiers.host,
+        meta,
+        index=tiers.index,
+        counters=cache.log.counters[layer],
+        pages=tiers.pages,
+    )
 
 
 def prefill_meta(cache: KVCache, table: Tensor, slot: int, start: int, length: int) -> StepMeta:

@@ -90,9 +90,11 @@ class KVCache:
         self.plan = self.plan_for(
             model, kv_config, max_model_len=max_model_len, max_num_seqs=max_num_seqs, dtype=dtype
         )
-        self.copy_stream = torch.cuda.Stream(self.device) if self.on_gpu else None
-        # For what needs no fetched row; whoever forks it off joins it again within the layer.
-        self.side_stream = torch.cuda.Stream(self.device) if self.on_gpu else None
+        # For prefetched pages; what needs no fetched row; and the step's own rows. Whoever forks one
+        # of the last two off joins it again within the layer.
+        self.copy_stream, self.side_stream, self.append_stream = (
+            torch.cuda.Stream(self.device) if self.on_gpu else None for _ in range(3)
+        )
         self.pool = PagePool(self.plan.num_pages)
         self.host = HostArena(
             num_layers=model.num_layers,
