@@ -41,12 +41,13 @@ struct LowerWorker {
   static_assert(sizeof(Ring) >= 8 * (kD + 4) * sizeof(float));  // write_partial
 
   const AttendLowerParams& params;
+  const KnownRows& known;
   Ring& ring;  // of the warp
   const uint32_t lane, g, j;
   SliceSource<kD, kHeads> source;
   const uint8_t* v_codes;         // the lane's part of row 0
   uint32_t tile_at;               // bytes of a tile's codes in front of the lane's, for ldmatrix
-  uint32_t tail_at;               // bytes of a slice's scores in front of the lane's, in the tail
+  uint32_t tail_at;               // scores of a slice in front of the lane's, in the tail
   float tail_reference[kPairs];   // -lse, log2 units, heads lane / 16 * kPairs + ..
   float index_reference[kFours];  // heads j + 4 * ..
   float tail_sum = 0.f;           // head g (kHeads 4: g % 4)
@@ -58,23 +59,23 @@ struct LowerWorker {
   int waiting = 0, mean_at = 0;   // pages whose means are to be added, and the first one's slot
   Products products;
 
-  __device__ LowerWorker(const AttendLowerParams& params, Ring& ring, uint32_t lane)
-      : params(params), ring(ring), lane(lane), g(lane / 4), j(lane % 4) {}
+  __device__ LowerWorker(const AttendLowerParams& params, const KnownRows& known, Ring& ring,
+                         uint32_t lane)
+      : params(params), known(known), ring(ring), lane(lane), g(lane / 4), j(lane % 4) {}
 
   // Shares of work: a slice, and as many index tokens as cost the same.
   __device__ int num_items(int n, int h) const {
-    const int slices = num_slices(params.step, n);
+    const int slices = known.row(params.step, n).slices;
     if (slices == 0 || params.index_counts == nullptr) return slices;
     return slices + params.index_counts[n * params.work.num_kv_heads + h] / kItemTokens;
   }
 
-  __device__ void start(const Segment& segment, int first_item, int last_item) {
-    ring.walk.start(params.step, segment.n, first_item, last_item);
+  __device__ void start(const Segment& segment, const Listed& row, int first_item, int last_item) {
+    if (lane == 0) ring.walk.start(params.step, row, first_item, last_item);
     source.start(params, segment, lane);
-    v_codes = params.v_codes + j * Ring::kCopyBytes;
-    tile_at = Products::row_at(lane);
-    tail_at = (lane / 16 * kPairs * Slice<kHeads>::kStride + lane % 16 * 4) * 4;
-    v_codes = held(v_codes), tile_at = held(tile_at), tail_at = held(tail_at);
+    v_codes = held(params.v_codes + j * Ring::kCopyBytes);
+    tile_at = held(Products::row_at(lane));
+    tail_at = held(lane / 16 * kPairs * Slice<kHeads>::kStride + lane % 16 * 4);
     __syncwarp();
   }
 
@@ -106,13 +107,14 @@ struct LowerWorker {
   // asks for. So when all but the last three groups are there, the slice at hand is, and so are the
   // codes of all slices but the one before it.
   __device__ void attend(const Segment& segment, int first_item, int last_item) {
-    const int items = num_items(segment.n, segment.h), all = num_slices(params.step, segment.n);
-    first_item = slices_before(first_item, items, all);
-    last_item = slices_before(last_item, items, all);
+    const Listed row = known.row(params.step, segment.n);
+    const int items = num_items(segment.n, segment.h);
+    first_item = slices_before(first_item, items, row.slices);
+    last_item = slices_before(last_item, items, row.slices);
     first_item += __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
     // Slices that are yet to be added, the one at hand among them.
     int steps = max(last_item - first_item + kSplitWarps - 1, 0) / kSplitWarps;
-    start(segment, first_item, last_item);
+    start(segment, row, first_item, last_item);
     load_lse(segment);
     if (steps > 0) source.look_up(ring.walk, segment.h, 0);
 #pragma unroll 1
@@ -172,8 +174,7 @@ struct LowerWorker {
     if (params.v_codes == nullptr) return 0;
     // Of the lane's four tokens, half a warp takes two.
     const uint32_t two = (four << 1 & ~four) >> (lane & 16), below = (1u << lane) - 1;
-    uint32_t one = two & 2, other = two & 512;
-    one = held(one), other = held(other);
+    const uint32_t one = held(two & 2), other = held(two & 512);
     const uint32_t ones = __ballot_sync(kAllLanes, one), others = __ballot_sync(kAllLanes, other);
     const int count = __popc(ones), token = part + lane / 16 * 2;
     uint8_t* one_at = ring.listed + __popc(ones & below);
@@ -187,8 +188,7 @@ struct LowerWorker {
     float sums[kPairs];
 #pragma unroll
     for (int m = 0; m < kPairs; ++m) {
-      const float4 x =
-          *reinterpret_cast<const float4*>(&slice.scores[lane / 16 * kPairs + m][lane % 16 * 4]);
+      const float4 x = *reinterpret_cast<const float4*>(&slice.scores[m][tail_at]);
       const float four[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
@@ -212,9 +212,8 @@ struct LowerWorker {
     const float4* terms = reinterpret_cast<const float4*>(&ring.masses[page][g % kHeads * kTerms]);
     float mass = 0.f;
 #pragma unroll
-    for (int i = 0; i < kTerms / 4; ++i) {
+    for (int i = 0; i < kTerms / 4; ++i)
       mass += (terms[i].x + terms[i].y) + (terms[i].z + terms[i].w);
-    }
     mass = mine ? mass : 0.f;
     tail_sum += mass;
     int at = mean_at + page;
@@ -370,13 +369,16 @@ template <int kD, int kHeads>
 __global__ void __launch_bounds__(kSplitThreads, blocks_an_sm(kD* kHeads))
     attend_lower_kernel(AttendLowerParams params) {
   extern __shared__ __align__(16) char shared[];
+  __shared__ KnownRows known;
   let_next_start();
+  known.read(params.step, params.work.num_queries);
+  __syncthreads();
   // Kept in registers, where the compiler would find them anew at each use.
-  uint32_t ring = shared_address(shared) + threadIdx.x / 32 * sizeof(WarpRing<kD, kHeads>);
-  uint32_t lane = threadIdx.x % 32;
-  ring = held(ring), lane = held(lane);
+  constexpr uint32_t kRingBytes = sizeof(WarpRing<kD, kHeads>);
+  const uint32_t lane = held(threadIdx.x % 32);
+  const uint32_t ring = held(shared_address(shared) + threadIdx.x / 32 * kRingBytes);
   LowerWorker<kD, kHeads> worker(
-      params, *static_cast<WarpRing<kD, kHeads>*>(__cvta_shared_to_generic(ring)), lane);
+      params, known, *static_cast<WarpRing<kD, kHeads>*>(__cvta_shared_to_generic(ring)), lane);
   wait_for_inputs();
   split_attend(worker, params.work);
 }

@@ -42,18 +42,36 @@ __device__ __forceinline__ int slices_per_page(const StepView& step) {
   return (step.page_size + kSliceTokens - 1) / kSliceTokens;
 }
 
-// From and to: the tokens that row n sees and that are not resident.
-__device__ __forceinline__ int2 listed_tokens(const StepView& step, int n) {
-  return make_int2(max(step.ctx_starts[n], step.num_sink),
-                   min(step.window_starts[step.query_seq[n]], step.positions[n] + 1));
+// What the step's metadata says of a query row. It is read before wait_for_inputs: plain kernels
+// and copies alone write it, and whatever may still run was launched after their end.
+struct Listed {
+  int seq;
+  int2 tokens;  // from and to: those that the row sees and that are not resident
+  int first_page, slices;
+};
+
+__device__ inline Listed read_listed(const StepView& step, int n) {
+  const int seq = step.query_seq[n], from = max(step.ctx_starts[n], step.num_sink);
+  const int to = min(step.window_starts[seq], step.positions[n] + 1);
+  const int first_page = from / step.page_size;
+  const int pages = from < to ? (to - 1) / step.page_size - first_page + 1 : 0;
+  return {seq, make_int2(from, to), first_page, pages * slices_per_page(step)};
 }
 
-__device__ __forceinline__ int num_slices(const StepView& step, int n) {
-  const int2 tokens = listed_tokens(step, n);
-  if (tokens.x >= tokens.y) return 0;
-  const int pages = (tokens.y - 1) / step.page_size - tokens.x / step.page_size + 1;
-  return pages * slices_per_page(step);
-}
+constexpr int kKnown = 16;  // query rows
+
+// Read once a block, to shared memory.
+struct KnownRows {
+  Listed rows[kKnown];
+
+  __device__ void read(const StepView& step, int num_queries) {
+    const int n = threadIdx.x;
+    if (n < min(num_queries, kKnown)) rows[n] = read_listed(step, n);
+  }
+  __device__ Listed row(const StepView& step, int n) const {
+    return n < kKnown ? rows[n] : read_listed(step, n);
+  }
+};
 
 // How many of all slices lie in front of an item, where each item has an even share of them: the
 // same wherever it is asked, whichever way it is rounded.
@@ -70,12 +88,12 @@ struct Walk {
   int item, last_item;  // the warp's first; behind the stretch's last
   int first_page, slices;
 
-  __device__ void start(const StepView& step, int n, int first_item, int end_item) {
-    pages = step.page_table + int64_t{step.query_seq[n]} * step.page_table_stride;
-    tokens = listed_tokens(step, n);
+  __device__ void start(const StepView& step, const Listed& listed, int first_item, int end_item) {
+    pages = step.page_table + int64_t{listed.seq} * step.page_table_stride;
+    tokens = listed.tokens;
     item = first_item;
     last_item = end_item;
-    first_page = tokens.x / step.page_size;
+    first_page = listed.first_page;
     slices = slices_per_page(step);
   }
 };

@@ -118,6 +118,14 @@ def test_work_dealt_out_by_counts(device: torch.device) -> None:
         check(scores, grades, make_index(case, device), meta, index_counts=counts)
 
 
+def test_more_query_rows_than_a_block_keeps_in_mind(device: torch.device) -> None:
+    case = Case(seq_lens=(300, 90) * 5, q_lens=(2, 5) * 5, head_dim=128, page_size=64)
+    meta = make_meta(case, device)
+    scores, grades = make_scores(case, meta), make_grades(case, meta, MIXES["mixed"])
+    counts = (grades == GRADE_INDEX).sum(-1).int()
+    check(scores, grades, make_index(case, device), meta, index_counts=counts)
+
+
 def test_aligned_scores(device: torch.device) -> None:
     case = Case(seq_lens=(1000,), head_dim=128, page_size=64)
     meta = make_meta(case, device)
