@@ -197,7 +197,8 @@ struct LowerWorker {
         if ((others & 2 << 8 * c) == 0) sums[m] = c == 0 ? weight : sums[m] + weight;
       }
     }
-    ring.masses[waiting][lane] = sum_by_head(sums, lane);
+    const float sum = sum_by_head(sums, lane);
+    if (lane % 2 == 0) ring.masses[waiting][lane / 2] = sum;
     if (__all_sync(kAllLanes, (others & 0x02020202) == 0x02020202)) {  // the page may have no mean
       const int at = mean_at + waiting, slot = at < kMeanSlots ? at : at - kMeanSlots;
       for (uint32_t d = lane; d < kD; d += 32) ring.means[slot][d] = __half{};
@@ -206,14 +207,12 @@ struct LowerWorker {
   }
 
   __device__ void add_means() {
-    constexpr int kTerms = 32 / kHeads;
+    constexpr int kTerms = 16 / kHeads;                    // 4 or 2
     const bool mine = j < static_cast<uint32_t>(waiting);  // else the first page's, and no mass
     const int page = mine ? j : 0;
-    const float4* terms = reinterpret_cast<const float4*>(&ring.masses[page][g % kHeads * kTerms]);
-    float mass = 0.f;
-#pragma unroll
-    for (int i = 0; i < kTerms / 4; ++i)
-      mass += (terms[i].x + terms[i].y) + (terms[i].z + terms[i].w);
+    const float* terms = &ring.masses[page][g % kHeads * kTerms];
+    float mass = terms[0] + terms[1];
+    if constexpr (kTerms == 4) mass += terms[2] + terms[3];
     mass = mine ? mass : 0.f;
     tail_sum += mass;
     int at = mean_at + page;

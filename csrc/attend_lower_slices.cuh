@@ -58,7 +58,7 @@ __device__ inline Listed read_listed(const StepView& step, int n) {
   return {seq, make_int2(from, to), first_page, pages * slices_per_page(step)};
 }
 
-constexpr int kKnown = 16;  // query rows
+constexpr int kKnown = 8;  // query rows
 
 // Read once a block, to shared memory.
 struct KnownRows {
@@ -107,7 +107,7 @@ struct alignas(16) WarpRing {
 
   Slice<kHeads> slices[kAhead];
   __half means[kMeanSlots][kD + 16];
-  float masses[kMeanPages][36];  // 32 / kHeads terms a head
+  float masses[kMeanPages][20];  // 16 / kHeads terms a head
   char codes[kRingTokens * kChunks * 16];
   __half2 affine[kRingTokens];  // scale, min
   float weights[kHeads][kRingTokens + 8];
