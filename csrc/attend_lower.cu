@@ -104,8 +104,8 @@ struct LowerWorker {
   }
 
   // Copies are committed twice a step: codes of index tokens, then what the slice kAhead further
-  // asks for. So when all but the last three groups are there, the slice at hand is, and so are the
-  // codes of all slices but the one before it.
+  // asks for. So when all but the last kAhead + kCodesAhead - 1 groups are there, the slice at hand
+  // is, and so are the codes of all slices but the kCodesAhead before it.
   __device__ void attend(const Segment& segment, int first_item, int last_item) {
     const Listed row = known.row(params.step, segment.n);
     const int items = num_items(segment.n, segment.h);
@@ -129,17 +129,21 @@ struct LowerWorker {
     if (steps == 0) return;
     uint32_t slot = 0, mean_slot = kAhead;  // of the slice at hand, of the mean next asked for
     uint32_t next = kAhead;                 // the slice next asked for
-    int left = 0;   // index tokens of the slice at hand that are yet to join the ring
-    int fresh = 0;  // tokens of the ring whose codes may not be there
+    int left = 0;             // index tokens of the slice at hand that are yet to join the ring
+    int last = 0, fresh = 0;  // tokens of the last push; of all whose codes may not be there
 #pragma unroll 1
     while (true) {
       Slice<kHeads>& slice = ring.slices[slot];
-      if (steps == 0 || left > 0) {
-        if (steps == 0) fill_tile();
+      const bool rest = left > 0;  // the ring was full
+      if (steps == 0) fill_tile();
+      if (rest && live - last >= kCodeTokens) {
+        wait_copies<1>();  // all but what the last push asked for
+        fresh = last;
+      } else if (rest || steps == 0) {
         wait_copies<0>();
-        fresh = 0;
+        fresh = last = 0;
       }
-      wait_copies<kAhead>();
+      wait_copies<kAhead + kCodesAhead - 1>();
       __syncwarp();
 #pragma unroll 1
       for (; live - fresh >= kCodeTokens; live -= kCodeTokens) add_tile();
@@ -147,9 +151,10 @@ struct LowerWorker {
       __syncwarp();
       if (waiting == kMeanPages || (steps == 0 && waiting > 0)) add_means();
       if (steps == 0) return;
-      fresh = min(left, kRingTokens - live);
-      left -= fresh;
-      push(slice, ring.listed + left, fresh);
+      fresh = rest || kCodesAhead == 2 ? last : 0;
+      last = min(left, kRingTokens - live);
+      fresh += last, left -= last;
+      push(slice, ring.listed + left, last);
       commit_copies();
       if (left > 0) continue;  // the ring is full
       __syncwarp();
@@ -169,8 +174,7 @@ struct LowerWorker {
   // The masses of a slice's tail tokens, and a list of its index tokens; returns how many.
   __device__ int add_slice(const Slice<kHeads>& slice) {
     const uint32_t part = lane % 16 * 4, four = slice.grades_from(part);
-    // Bits 1, 9, 17 and 25 tell.
-    if (params.v_mean != nullptr) add_tail(slice, four | four << 1);
+    if (params.v_mean != nullptr) add_tail(slice, four | four << 1);  // bits 1, 9, 17 and 25 tell
     if (params.v_codes == nullptr) return 0;
     // Of the lane's four tokens, half a warp takes two.
     const uint32_t two = (four << 1 & ~four) >> (lane & 16), below = (1u << lane) - 1;
@@ -260,10 +264,8 @@ struct LowerWorker {
   // Makes what is left in the ring whole tiles, by tokens without a weight.
   __device__ void fill_tile() {
     const uint32_t rest = -live & (kCodeTokens - 1);
-    const uint32_t at = take + live + lane;
+    ring.clear_tokens(take + live, rest, lane);
     live += rest;
-    if (lane >= rest) return;
-    ring.clear_token(min(at, at - kRingTokens));
   }
 
   // The ring's first 16 tokens.
@@ -372,7 +374,6 @@ __global__ void __launch_bounds__(kSplitThreads, blocks_an_sm(kD* kHeads))
   let_next_start();
   known.read(params.step, params.work.num_queries);
   __syncthreads();
-  // Kept in registers, where the compiler would find them anew at each use.
   constexpr uint32_t kRingBytes = sizeof(WarpRing<kD, kHeads>);
   const uint32_t lane = held(threadIdx.x % 32);
   const uint32_t ring = held(shared_address(shared) + threadIdx.x / 32 * kRingBytes);

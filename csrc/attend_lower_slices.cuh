@@ -9,10 +9,13 @@
 namespace twilight {
 
 constexpr int kSliceTokens = 64;
-constexpr int kAhead = 3;        // slices on their way to a warp
+constexpr int kAhead = 3;  // slices on their way to a warp
+// Slices whose codes may be on their way when one is added, 1 or 2. Two take 5 KB a block more.
+constexpr int kCodesAhead = 1;
 constexpr int kCodeTokens = 16;  // of a tile
-constexpr int kRingTokens = 48;  // index tokens whose codes are on their way, or wait: three tiles
-constexpr int kMeanPages = 4;    // of a product
+// Index tokens whose codes are on their way, or wait: two tiles, and one a slice ahead.
+constexpr int kRingTokens = (kCodesAhead + 2) * kCodeTokens;
+constexpr int kMeanPages = 4;  // of a product
 constexpr int kMeanSlots = kMeanPages + kAhead - 1;
 
 // Up to 64 tokens of a page.
@@ -132,8 +135,10 @@ struct alignas(16) WarpRing {
     }
   }
 
-  // Makes the ring's `at`-th token one without a weight.
-  __device__ void clear_token(int at) {
+  // Makes `count` tokens, up to 32, from the ring's `first`-th on ones without a weight.
+  __device__ void clear_tokens(uint32_t first, uint32_t count, uint32_t lane) {
+    if (lane >= count) return;
+    const uint32_t at = min(first + lane, first + lane - kRingTokens);
     affine[at] = __half2{};
 #pragma unroll
     for (int head = 0; head < kHeads; ++head) weights[head][at] = 0.f;

@@ -181,6 +181,20 @@ def test_many_slices_a_warp(mix: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (64, 8), (256, 8)])
+def test_many_whole_slices_a_warp_and_full_rings(head_dim: int, group: int) -> None:
+    device = torch.device("cuda")
+    case = Case(seq_lens=(100_000,), head_dim=head_dim, page_size=64, num_kv_heads=8, group=group)
+    meta = make_meta(case, device)
+    scores, grades = make_scores(case, meta), make_grades(case, meta, MIXES["few-index"])
+    grades[:, :, 20_000:40_000] = GRADE_INDEX
+    grades[:, :, 50_000:90_000:2] = GRADE_INDEX
+    counts = (grades == GRADE_INDEX).sum(-1).int()
+    for index_counts in (None, counts):
+        check(scores, grades, make_index(case, device), meta, index_counts=index_counts)
+
+
+@pytest.mark.gpu
 def test_a_page_without_tail_tokens_needs_no_mean() -> None:
     device = torch.device("cuda")
     case = Case(seq_lens=(700,), head_dim=128, page_size=64)
