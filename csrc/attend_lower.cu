@@ -112,23 +112,24 @@ struct LowerWorker {
     first_item = slices_before(first_item, items, row.slices);
     last_item = slices_before(last_item, items, row.slices);
     first_item += __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
-    // Slices that are yet to be added, the one at hand among them.
-    int steps = max(last_item - first_item + kSplitWarps - 1, 0) / kSplitWarps;
+    int steps = max(last_item - first_item + kSplitWarps - 1, 0) / kSplitWarps;  // yet to be added
     start(segment, row, first_item, last_item);
     load_lse(segment);
-    if (steps > 0) source.look_up(ring.walk, segment.h, 0);
+    if (steps > 0) {
+      source.look_up(ring.walk, 0);
+      source.ask_scores(ring.slices[0], 0);
+      source.find_rows(segment.h);  // waits for page ids: the first scores do not queue with others
+    }
 #pragma unroll 1
-    for (int k = 0; k < min(kAhead, steps); ++k) source.ask_scores(ring.slices[k], k);
-#pragma unroll 1
-    for (int k = 0; k < kAhead; ++k) {  // these wait for page ids
-      if (k < steps) source.ask_mean(ring.slices[k], ring.means[k], k);
+    for (int k = 0; k < kAhead; ++k) {
       commit_copies();
+      if (k > 0 && k < steps) source.ask_scores(ring.slices[k], k);
+      if (k < steps) source.ask_mean(ring.slices[k], ring.means[k], k);
       commit_copies();
     }
     clear();
     if (steps == 0) return;
-    uint32_t slot = 0, mean_slot = kAhead;  // of the slice at hand, of the mean next asked for
-    uint32_t next = kAhead;                 // the slice next asked for
+    uint32_t slot = 0, mean_slot = kAhead, next = kAhead;  // of slice at hand; next asked for
     int left = 0;             // index tokens of the slice at hand that are yet to join the ring
     int last = 0, fresh = 0;  // tokens of the last push; of all whose codes may not be there
 #pragma unroll 1
@@ -159,15 +160,14 @@ struct LowerWorker {
       if (left > 0) continue;  // the ring is full
       __syncwarp();
       if (steps > kAhead) {
-        if (next % 32 == 0) source.look_up(ring.walk, segment.h, next);
+        if (next % 32 == 0) source.look_up(ring.walk, next), source.find_rows(segment.h);
         source.ask_scores(slice, next);
         source.ask_mean(slice, ring.means[mean_slot], next);
       }
       commit_copies();
       slot = slot + 1 == kAhead ? 0 : slot + 1;
       mean_slot = mean_slot + 1 == kMeanSlots ? 0 : mean_slot + 1;
-      ++next;
-      --steps;
+      ++next, --steps;
     }
   }
 
@@ -375,10 +375,10 @@ __global__ void __launch_bounds__(kSplitThreads, blocks_an_sm(kD* kHeads))
   known.read(params.step, params.work.num_queries);
   __syncthreads();
   constexpr uint32_t kRingBytes = sizeof(WarpRing<kD, kHeads>);
-  const uint32_t lane = held(threadIdx.x % 32);
   const uint32_t ring = held(shared_address(shared) + threadIdx.x / 32 * kRingBytes);
   LowerWorker<kD, kHeads> worker(
-      params, known, *static_cast<WarpRing<kD, kHeads>*>(__cvta_shared_to_generic(ring)), lane);
+      params, known, *static_cast<WarpRing<kD, kHeads>*>(__cvta_shared_to_generic(ring)),
+      held(threadIdx.x % 32));
   wait_for_inputs();
   split_attend(worker, params.work);
 }

@@ -190,19 +190,24 @@ struct SliceSource {
     lane_at = held(lane_at);
   }
 
-  // The slices from this number on, a multiple of 32.
-  __device__ void look_up(const Walk& walk, int head, int number) {
+  // The slices from this number on, a multiple of 32: what takes no page id. find_rows does the
+  // rest, and is the first to wait for page ids.
+  __device__ void look_up(const Walk& walk, int number) {
     const int at =
         min(walk.item + (number + static_cast<int>(lane)) * kSplitWarps, walk.last_item - 1);
     const int of_stretch = walk.slices == 1 ? at : at / walk.slices;
     const int skip = (at - of_stretch * walk.slices) * kSliceTokens;
     const int of_sequence = walk.first_page + of_stretch, size = page_size;
-    page_heads = walk.pages[of_sequence] * num_kv_heads;
+    page_heads = walk.pages[of_sequence];
     token = of_sequence * size + skip;
     const int end = min(walk.tokens.y, (of_sequence + 1) * size);
     const int from = min(max(walk.tokens.x - token, 0), kSliceTokens);
     bounds = from | min(max(end - token, 0), kSliceTokens) << 8;
-    row = (page_heads + head) * page_size + skip;
+    row = skip;
+  }
+  __device__ void find_rows(int head) {
+    page_heads *= num_kv_heads;
+    row += (page_heads + head) * page_size;
   }
 
   // Asks for scores and grades of slice `number`.
