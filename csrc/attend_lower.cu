@@ -37,7 +37,6 @@ struct LowerWorker {
   static constexpr int kUnitItems = kSplitWarps;
   static constexpr int kPairs = kHeads / 2;  // heads of half a warp, in the tail
   static constexpr int kFours = kHeads / 4;
-  static constexpr int kItemTokens = 16;
   static_assert(sizeof(Ring) >= 8 * (kD + 4) * sizeof(float));  // write_partial
 
   const AttendLowerParams& params;
@@ -63,11 +62,11 @@ struct LowerWorker {
                          uint32_t lane)
       : params(params), known(known), ring(ring), lane(lane), g(lane / 4), j(lane % 4) {}
 
-  // Shares of work: a slice, and as many index tokens as cost the same.
+  // Shares of work: a slice, and a tile of index tokens, which costs the same.
   __device__ int num_items(int n, int h) const {
     const int slices = known.row(params.step, n).slices;
     if (slices == 0 || params.index_counts == nullptr) return slices;
-    return slices + params.index_counts[n * params.work.num_kv_heads + h] / kItemTokens;
+    return slices + params.index_counts[n * params.work.num_kv_heads + h] / kCodeTokens;
   }
 
   __device__ void start(const Segment& segment, const Listed& row, int first_item, int last_item) {
@@ -155,7 +154,7 @@ struct LowerWorker {
       fresh = rest || kCodesAhead == 2 ? last : 0;
       last = min(left, kRingTokens - live);
       fresh += last, left -= last;
-      push(slice, ring.listed + left, last);
+      push(slice, ring.listed + left, last), live += last;
       commit_copies();
       if (left > 0) continue;  // the ring is full
       __syncwarp();
@@ -232,31 +231,33 @@ struct LowerWorker {
   __device__ void push(const Slice<kHeads>& slice, const uint8_t* tokens, int count) {
     const __half2* v_scale = static_cast<const __half2*>(params.v_scale);
     const uint32_t first_row = slice.row, put = take + live;
-    live += count;
 #pragma unroll 1
     for (int i = g; i < count; i += 16) {
       const bool two = i + 8 < count;  // else the first stands in for the second, unkept
-      uint32_t t[2], at[2];
+      uint32_t row[2], at[2];
+      float score[kFours][2];  // read ahead of the copies, behind which their latency passes
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const int mine = u == 0 || two ? i + 8 * u : i;
-        t[u] = tokens[mine];
+        const uint32_t token = tokens[mine];
+        row[u] = first_row + token;
         at[u] = min(put + mine, put + mine - kRingTokens);
+#pragma unroll
+        for (int m = 0; m < kFours; ++m) score[m][u] = slice.scores[j + 4 * m][token];
+      }
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
         if (u == 1 && !two) continue;
-        ring.copy_codes(v_codes, first_row + t[u], at[u], j);
-        if (j != 0) continue;
-        copy_async<4>(shared_address(&ring.affine[at[u]]), v_scale + (first_row + t[u]));
+        ring.copy_codes(v_codes, row[u], at[u], j);
+        if (j == 0) copy_async<4>(shared_address(&ring.affine[at[u]]), v_scale + row[u]);
       }
 #pragma unroll
       for (int m = 0; m < kFours; ++m) {
-#pragma unroll
-        for (int u = 0; u < 2; ++u) {
-          const float score = slice.scores[j + 4 * m][t[u]];
-          const float weight = exp2_approx(fmaf(score, kLog2e, index_reference[m]));
-          if (u == 1 && !two) continue;
-          index_sum[m] += weight;
-          ring.weights[j + 4 * m][at[u]] = weight;
-        }
+        float* weights = ring.weights[j + 4 * m];
+        const float weight = exp2_approx(fmaf(score[m][0], kLog2e, index_reference[m]));
+        const float other = exp2_approx(fmaf(score[m][1], kLog2e, index_reference[m]));
+        weights[at[0]] = weight, index_sum[m] += weight;
+        if (two) weights[at[1]] = other, index_sum[m] += other;
       }
     }
   }
@@ -327,9 +328,8 @@ struct LowerWorker {
     const float2 of_column = column_sums();
     if (j == 0) sums[warp][g] = of_column;
 #pragma unroll
-    for (int m = 0; m < kFours; ++m) {
+    for (int m = 0; m < kFours; ++m)
       if (threadIdx.x < 4) references[j + 4 * m] = -index_reference[m];
-    }
     __syncwarp();
     products.write(reinterpret_cast<float*>(&ring));
     __syncthreads();
@@ -385,8 +385,8 @@ __global__ void __launch_bounds__(kSplitThreads, blocks_an_sm(kD* kHeads))
 
 template <int kD, int kHeads>
 cudaError_t launch(const AttendLowerParams& params, cudaStream_t stream) {
-  const int shared_bytes = kSplitWarps * sizeof(WarpRing<kD, kHeads>);
-  return launch_split(attend_lower_kernel<kD, kHeads>, params, params.work, shared_bytes, stream);
+  return launch_split(attend_lower_kernel<kD, kHeads>, params, params.work,
+                      kSplitWarps * sizeof(WarpRing<kD, kHeads>), stream);
 }
 
 }  // namespace
