@@ -12,9 +12,8 @@
 // (cp.async) ahead of its turn: scores, grades and mean three slices, codes and scales of its index
 // tokens, which its grades tell, one to two. lse is known, so a weight needs no running maximum: it
 // is at most 1, and partial states need no rescaling.
-//   Tail: half a warp a pair of heads (or four), four tokens a lane; one shuffle leaves eight sums
-//   a head, which are added up for four pages at once, whose means and masses are one product
-//   (m16n8k8, tf32).
+//   Tail: half a warp a pair of heads (or four), four tokens a lane; two shuffles leave four sums a
+//   head, added up for four pages at once: means and masses are one product (m16n8k8, tf32).
 //   Index: tokens and their weights wait in a ring for their codes and until they are 16, whichever
 //   slices they are of, then out^T += V^T P^T (m16n8k16, bf16; csrc/attend_lower_tile.cuh). A
 //   nibble c enters as 1 + c / 16, exact, in a shift and a lop3 a pair; P holds 16 * scale * w as
@@ -172,14 +171,17 @@ struct LowerWorker {
 
   // The masses of a slice's tail tokens, and a list of its index tokens; returns how many.
   __device__ int add_slice(const Slice<kHeads>& slice) {
+    float4 scores[kPairs];  // read together with the grades: one latency for two
+#pragma unroll
+    for (int m = 0; m < kPairs; ++m)
+      scores[m] = *reinterpret_cast<const float4*>(&slice.scores[m][tail_at]);
     const uint32_t part = lane % 16 * 4, four = slice.grades_from(part);
-    if (params.v_mean != nullptr) add_tail(slice, four | four << 1);  // bits 1, 9, 17 and 25 tell
+    if (params.v_mean != nullptr) add_tail(scores, four | four << 1);  // bits 1, 9, 17 and 25 tell
     if (params.v_codes == nullptr) return 0;
-    // Of the lane's four tokens, half a warp takes two.
     const uint32_t two = (four << 1 & ~four) >> (lane & 16), below = (1u << lane) - 1;
     const uint32_t one = held(two & 2), other = held(two & 512);
     const uint32_t ones = __ballot_sync(kAllLanes, one), others = __ballot_sync(kAllLanes, other);
-    const int count = __popc(ones), token = part + lane / 16 * 2;
+    const int count = __popc(ones), token = part + lane / 16 * 2;  // half a warp takes two of four
     uint8_t* one_at = ring.listed + __popc(ones & below);
     uint8_t* other_at = ring.listed + count + __popc(others & below);
     if (one != 0) *one_at = token;
@@ -187,12 +189,11 @@ struct LowerWorker {
     return count + __popc(others);
   }
 
-  __device__ void add_tail(const Slice<kHeads>& slice, uint32_t others) {
+  __device__ void add_tail(const float4 (&scores)[kPairs], uint32_t others) {
     float sums[kPairs];
 #pragma unroll
     for (int m = 0; m < kPairs; ++m) {
-      const float4 x = *reinterpret_cast<const float4*>(&slice.scores[m][tail_at]);
-      const float four[4] = {x.x, x.y, x.z, x.w};
+      const float four[4] = {scores[m].x, scores[m].y, scores[m].z, scores[m].w};
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const float weight = exp2_approx(fmaf(four[c], kLog2e, tail_reference[m]));
@@ -333,7 +334,6 @@ struct LowerWorker {
     __syncwarp();
     products.write(reinterpret_cast<float*>(&ring));
     __syncthreads();
-    const Ring* rings = &ring - warp;
 #pragma unroll 1
     for (int i = threadIdx.x; i < segment.num_heads * kQuads; i += kSplitThreads) {
       const int head = i / kQuads, quad = i % kQuads;
@@ -341,7 +341,7 @@ struct LowerWorker {
       float total = 0.f, same = 0.f;
 #pragma unroll
       for (int w = 0; w < kSplitWarps; ++w) {
-        const float* parts = reinterpret_cast<const float*>(rings + w) + quad * 4;
+        const float* parts = reinterpret_cast<const float*>(&ring - warp + w) + quad * 4;
         total += sums[w][head].x;
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
