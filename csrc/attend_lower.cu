@@ -12,9 +12,8 @@
 // (cp.async) ahead of its turn: scores, grades and mean three slices, codes and scales of its index
 // tokens, which its grades tell, one to two. lse is known, so a weight needs no running maximum: it
 // is at most 1, and partial states need no rescaling.
-//   Tail: half a warp a pair of heads (or four), four tokens a lane; one shuffle leaves eight sums
-//   a head, which are added up for four pages at once, whose means and masses are one product
-//   (m16n8k8, tf32).
+//   Tail: half a warp a pair of heads (or four), four tokens a lane; two shuffles leave four sums a
+//   head, added up for four pages at once: means and masses are one product (m16n8k8, tf32).
 //   Index: tokens and their weights wait in a ring for their codes and until they are 16, whichever
 //   slices they are of, then out^T += V^T P^T (m16n8k16, bf16; csrc/attend_lower_tile.cuh). A
 //   nibble c enters as 1 + c / 16, exact, in a shift and a lop3 a pair; P holds 16 * scale * w as
@@ -37,16 +36,16 @@ struct LowerWorker {
   static constexpr int kUnitItems = kSplitWarps;
   static constexpr int kPairs = kHeads / 2;  // heads of half a warp, in the tail
   static constexpr int kFours = kHeads / 4;
-  static constexpr int kItemTokens = 16;
   static_assert(sizeof(Ring) >= 8 * (kD + 4) * sizeof(float));  // write_partial
 
   const AttendLowerParams& params;
+  const KnownRows& known;
   Ring& ring;  // of the warp
   const uint32_t lane, g, j;
   SliceSource<kD, kHeads> source;
   const uint8_t* v_codes;         // the lane's part of row 0
   uint32_t tile_at;               // bytes of a tile's codes in front of the lane's, for ldmatrix
-  uint32_t tail_at;               // bytes of a slice's scores in front of the lane's, in the tail
+  uint32_t tail_at;               // scores of a slice in front of the lane's, in the tail
   float tail_reference[kPairs];   // -lse, log2 units, heads lane / 16 * kPairs + ..
   float index_reference[kFours];  // heads j + 4 * ..
   float tail_sum = 0.f;           // head g (kHeads 4: g % 4)
@@ -58,23 +57,23 @@ struct LowerWorker {
   int waiting = 0, mean_at = 0;   // pages whose means are to be added, and the first one's slot
   Products products;
 
-  __device__ LowerWorker(const AttendLowerParams& params, Ring& ring, uint32_t lane)
-      : params(params), ring(ring), lane(lane), g(lane / 4), j(lane % 4) {}
+  __device__ LowerWorker(const AttendLowerParams& params, const KnownRows& known, Ring& ring,
+                         uint32_t lane)
+      : params(params), known(known), ring(ring), lane(lane), g(lane / 4), j(lane % 4) {}
 
-  // Shares of work: a slice, and as many index tokens as cost the same.
+  // Shares of work: a slice, and a tile of index tokens, which costs the same.
   __device__ int num_items(int n, int h) const {
-    const int slices = num_slices(params.step, n);
+    const int slices = known.row(params.step, n).slices;
     if (slices == 0 || params.index_counts == nullptr) return slices;
-    return slices + params.index_counts[n * params.work.num_kv_heads + h] / kItemTokens;
+    return slices + params.index_counts[n * params.work.num_kv_heads + h] / kCodeTokens;
   }
 
-  __device__ void start(const Segment& segment, int first_item, int last_item) {
-    ring.walk.start(params.step, segment.n, first_item, last_item);
+  __device__ void start(const Segment& segment, const Listed& row, int first_item, int last_item) {
+    if (lane == 0) ring.walk.start(params.step, row, first_item, last_item);
     source.start(params, segment, lane);
-    v_codes = params.v_codes + j * Ring::kCopyBytes;
-    tile_at = Products::row_at(lane);
-    tail_at = (lane / 16 * kPairs * Slice<kHeads>::kStride + lane % 16 * 4) * 4;
-    v_codes = held(v_codes), tile_at = held(tile_at), tail_at = held(tail_at);
+    v_codes = held(params.v_codes + j * Ring::kCopyBytes);
+    tile_at = held(Products::row_at(lane));
+    tail_at = held(lane / 16 * kPairs * Slice<kHeads>::kStride + lane % 16 * 4);
     __syncwarp();
   }
 
@@ -103,41 +102,47 @@ struct LowerWorker {
   }
 
   // Copies are committed twice a step: codes of index tokens, then what the slice kAhead further
-  // asks for. So when all but the last three groups are there, the slice at hand is, and so are the
-  // codes of all slices but the one before it.
+  // asks for. So when all but the last kAhead + kCodesAhead - 1 groups are there, the slice at hand
+  // is, and so are the codes of all slices but the kCodesAhead before it.
   __device__ void attend(const Segment& segment, int first_item, int last_item) {
-    const int items = num_items(segment.n, segment.h), all = num_slices(params.step, segment.n);
-    first_item = slices_before(first_item, items, all);
-    last_item = slices_before(last_item, items, all);
+    const Listed row = known.row(params.step, segment.n);
+    const int items = num_items(segment.n, segment.h);
+    first_item = slices_before(first_item, items, row.slices);
+    last_item = slices_before(last_item, items, row.slices);
     first_item += __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
-    // Slices that are yet to be added, the one at hand among them.
-    int steps = max(last_item - first_item + kSplitWarps - 1, 0) / kSplitWarps;
-    start(segment, first_item, last_item);
+    int steps = max(last_item - first_item + kSplitWarps - 1, 0) / kSplitWarps;  // yet to be added
+    start(segment, row, first_item, last_item);
     load_lse(segment);
-    if (steps > 0) source.look_up(ring.walk, segment.h, 0);
+    if (steps > 0) {
+      source.look_up(ring.walk, 0);
+      source.ask_scores(ring.slices[0], 0);
+      source.find_rows(segment.h);  // waits for page ids: the first scores do not queue with others
+    }
 #pragma unroll 1
-    for (int k = 0; k < min(kAhead, steps); ++k) source.ask_scores(ring.slices[k], k);
-#pragma unroll 1
-    for (int k = 0; k < kAhead; ++k) {  // these wait for page ids
-      if (k < steps) source.ask_mean(ring.slices[k], ring.means[k], k);
+    for (int k = 0; k < kAhead; ++k) {
       commit_copies();
+      if (k > 0 && k < steps) source.ask_scores(ring.slices[k], k);
+      if (k < steps) source.ask_mean(ring.slices[k], ring.means[k], k);
       commit_copies();
     }
     clear();
     if (steps == 0) return;
-    uint32_t slot = 0, mean_slot = kAhead;  // of the slice at hand, of the mean next asked for
-    uint32_t next = kAhead;                 // the slice next asked for
-    int left = 0;   // index tokens of the slice at hand that are yet to join the ring
-    int fresh = 0;  // tokens of the ring whose codes may not be there
+    uint32_t slot = 0, mean_slot = kAhead, next = kAhead;  // of slice at hand; next asked for
+    int left = 0;             // index tokens of the slice at hand that are yet to join the ring
+    int last = 0, fresh = 0;  // tokens of the last push; of all whose codes may not be there
 #pragma unroll 1
     while (true) {
       Slice<kHeads>& slice = ring.slices[slot];
-      if (steps == 0 || left > 0) {
-        if (steps == 0) fill_tile();
+      const bool rest = left > 0;  // the ring was full
+      if (steps == 0) fill_tile();
+      if (rest && live - last >= kCodeTokens) {
+        wait_copies<1>();  // all but what the last push asked for
+        fresh = last;
+      } else if (rest || steps == 0) {
         wait_copies<0>();
-        fresh = 0;
+        fresh = last = 0;
       }
-      wait_copies<kAhead>();
+      wait_copies<kAhead + kCodesAhead - 1>();
       __syncwarp();
 #pragma unroll 1
       for (; live - fresh >= kCodeTokens; live -= kCodeTokens) add_tile();
@@ -145,37 +150,38 @@ struct LowerWorker {
       __syncwarp();
       if (waiting == kMeanPages || (steps == 0 && waiting > 0)) add_means();
       if (steps == 0) return;
-      fresh = min(left, kRingTokens - live);
-      left -= fresh;
-      push(slice, ring.listed + left, fresh);
+      fresh = rest || kCodesAhead == 2 ? last : 0;
+      last = min(left, kRingTokens - live);
+      fresh += last, left -= last;
+      push(slice, ring.listed + left, last), live += last;
       commit_copies();
       if (left > 0) continue;  // the ring is full
       __syncwarp();
       if (steps > kAhead) {
-        if (next % 32 == 0) source.look_up(ring.walk, segment.h, next);
+        if (next % 32 == 0) source.look_up(ring.walk, next), source.find_rows(segment.h);
         source.ask_scores(slice, next);
         source.ask_mean(slice, ring.means[mean_slot], next);
       }
       commit_copies();
       slot = slot + 1 == kAhead ? 0 : slot + 1;
       mean_slot = mean_slot + 1 == kMeanSlots ? 0 : mean_slot + 1;
-      ++next;
-      --steps;
+      ++next, --steps;
     }
   }
 
   // The masses of a slice's tail tokens, and a list of its index tokens; returns how many.
   __device__ int add_slice(const Slice<kHeads>& slice) {
+    float4 scores[kPairs];  // read together with the grades: one latency for two
+#pragma unroll
+    for (int m = 0; m < kPairs; ++m)
+      scores[m] = *reinterpret_cast<const float4*>(&slice.scores[m][tail_at]);
     const uint32_t part = lane % 16 * 4, four = slice.grades_from(part);
-    // Bits 1, 9, 17 and 25 tell.
-    if (params.v_mean != nullptr) add_tail(slice, four | four << 1);
+    if (params.v_mean != nullptr) add_tail(scores, four | four << 1);  // bits 1, 9, 17 and 25 tell
     if (params.v_codes == nullptr) return 0;
-    // Of the lane's four tokens, half a warp takes two.
     const uint32_t two = (four << 1 & ~four) >> (lane & 16), below = (1u << lane) - 1;
-    uint32_t one = two & 2, other = two & 512;
-    one = held(one), other = held(other);
+    const uint32_t one = held(two & 2), other = held(two & 512);
     const uint32_t ones = __ballot_sync(kAllLanes, one), others = __ballot_sync(kAllLanes, other);
-    const int count = __popc(ones), token = part + lane / 16 * 2;
+    const int count = __popc(ones), token = part + lane / 16 * 2;  // half a warp takes two of four
     uint8_t* one_at = ring.listed + __popc(ones & below);
     uint8_t* other_at = ring.listed + count + __popc(others & below);
     if (one != 0) *one_at = token;
@@ -183,13 +189,11 @@ struct LowerWorker {
     return count + __popc(others);
   }
 
-  __device__ void add_tail(const Slice<kHeads>& slice, uint32_t others) {
+  __device__ void add_tail(const float4 (&scores)[kPairs], uint32_t others) {
     float sums[kPairs];
 #pragma unroll
     for (int m = 0; m < kPairs; ++m) {
-      const float4 x =
-          *reinterpret_cast<const float4*>(&slice.scores[lane / 16 * kPairs + m][lane % 16 * 4]);
-      const float four[4] = {x.x, x.y, x.z, x.w};
+      const float four[4] = {scores[m].x, scores[m].y, scores[m].z, scores[m].w};
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const float weight = exp2_approx(fmaf(four[c], kLog2e, tail_reference[m]));
@@ -197,7 +201,8 @@ struct LowerWorker {
         if ((others & 2 << 8 * c) == 0) sums[m] = c == 0 ? weight : sums[m] + weight;
       }
     }
-    ring.masses[waiting][lane] = sum_by_head(sums, lane);
+    const float sum = sum_by_head(sums, lane);
+    if (lane % 2 == 0) ring.masses[waiting][lane / 2] = sum;
     if (__all_sync(kAllLanes, (others & 0x02020202) == 0x02020202)) {  // the page may have no mean
       const int at = mean_at + waiting, slot = at < kMeanSlots ? at : at - kMeanSlots;
       for (uint32_t d = lane; d < kD; d += 32) ring.means[slot][d] = __half{};
@@ -206,15 +211,12 @@ struct LowerWorker {
   }
 
   __device__ void add_means() {
-    constexpr int kTerms = 32 / kHeads;
+    constexpr int kTerms = 16 / kHeads;                    // 4 or 2
     const bool mine = j < static_cast<uint32_t>(waiting);  // else the first page's, and no mass
     const int page = mine ? j : 0;
-    const float4* terms = reinterpret_cast<const float4*>(&ring.masses[page][g % kHeads * kTerms]);
-    float mass = 0.f;
-#pragma unroll
-    for (int i = 0; i < kTerms / 4; ++i) {
-      mass += (terms[i].x + terms[i].y) + (terms[i].z + terms[i].w);
-    }
+    const float* terms = &ring.masses[page][g % kHeads * kTerms];
+    float mass = terms[0] + terms[1];
+    if constexpr (kTerms == 4) mass += terms[2] + terms[3];
     mass = mine ? mass : 0.f;
     tail_sum += mass;
     int at = mean_at + page;
@@ -230,31 +232,33 @@ struct LowerWorker {
   __device__ void push(const Slice<kHeads>& slice, const uint8_t* tokens, int count) {
     const __half2* v_scale = static_cast<const __half2*>(params.v_scale);
     const uint32_t first_row = slice.row, put = take + live;
-    live += count;
 #pragma unroll 1
     for (int i = g; i < count; i += 16) {
       const bool two = i + 8 < count;  // else the first stands in for the second, unkept
-      uint32_t t[2], at[2];
+      uint32_t row[2], at[2];
+      float score[kFours][2];  // read ahead of the copies, behind which their latency passes
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const int mine = u == 0 || two ? i + 8 * u : i;
-        t[u] = tokens[mine];
+        const uint32_t token = tokens[mine];
+        row[u] = first_row + token;
         at[u] = min(put + mine, put + mine - kRingTokens);
+#pragma unroll
+        for (int m = 0; m < kFours; ++m) score[m][u] = slice.scores[j + 4 * m][token];
+      }
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
         if (u == 1 && !two) continue;
-        ring.copy_codes(v_codes, first_row + t[u], at[u], j);
-        if (j != 0) continue;
-        copy_async<4>(shared_address(&ring.affine[at[u]]), v_scale + (first_row + t[u]));
+        ring.copy_codes(v_codes, row[u], at[u], j);
+        if (j == 0) copy_async<4>(shared_address(&ring.affine[at[u]]), v_scale + row[u]);
       }
 #pragma unroll
       for (int m = 0; m < kFours; ++m) {
-#pragma unroll
-        for (int u = 0; u < 2; ++u) {
-          const float score = slice.scores[j + 4 * m][t[u]];
-          const float weight = exp2_approx(fmaf(score, kLog2e, index_reference[m]));
-          if (u == 1 && !two) continue;
-          index_sum[m] += weight;
-          ring.weights[j + 4 * m][at[u]] = weight;
-        }
+        float* weights = ring.weights[j + 4 * m];
+        const float weight = exp2_approx(fmaf(score[m][0], kLog2e, index_reference[m]));
+        const float other = exp2_approx(fmaf(score[m][1], kLog2e, index_reference[m]));
+        weights[at[0]] = weight, index_sum[m] += weight;
+        if (two) weights[at[1]] = other, index_sum[m] += other;
       }
     }
   }
@@ -262,10 +266,8 @@ struct LowerWorker {
   // Makes what is left in the ring whole tiles, by tokens without a weight.
   __device__ void fill_tile() {
     const uint32_t rest = -live & (kCodeTokens - 1);
-    const uint32_t at = take + live + lane;
+    ring.clear_tokens(take + live, rest, lane);
     live += rest;
-    if (lane >= rest) return;
-    ring.clear_token(min(at, at - kRingTokens));
   }
 
   // The ring's first 16 tokens.
@@ -327,13 +329,11 @@ struct LowerWorker {
     const float2 of_column = column_sums();
     if (j == 0) sums[warp][g] = of_column;
 #pragma unroll
-    for (int m = 0; m < kFours; ++m) {
+    for (int m = 0; m < kFours; ++m)
       if (threadIdx.x < 4) references[j + 4 * m] = -index_reference[m];
-    }
     __syncwarp();
     products.write(reinterpret_cast<float*>(&ring));
     __syncthreads();
-    const Ring* rings = &ring - warp;
 #pragma unroll 1
     for (int i = threadIdx.x; i < segment.num_heads * kQuads; i += kSplitThreads) {
       const int head = i / kQuads, quad = i % kQuads;
@@ -341,7 +341,7 @@ struct LowerWorker {
       float total = 0.f, same = 0.f;
 #pragma unroll
       for (int w = 0; w < kSplitWarps; ++w) {
-        const float* parts = reinterpret_cast<const float*>(rings + w) + quad * 4;
+        const float* parts = reinterpret_cast<const float*>(&ring - warp + w) + quad * 4;
         total += sums[w][head].x;
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
@@ -370,21 +370,23 @@ template <int kD, int kHeads>
 __global__ void __launch_bounds__(kSplitThreads, blocks_an_sm(kD* kHeads))
     attend_lower_kernel(AttendLowerParams params) {
   extern __shared__ __align__(16) char shared[];
+  __shared__ KnownRows known;
   let_next_start();
-  // Kept in registers, where the compiler would find them anew at each use.
-  uint32_t ring = shared_address(shared) + threadIdx.x / 32 * sizeof(WarpRing<kD, kHeads>);
-  uint32_t lane = threadIdx.x % 32;
-  ring = held(ring), lane = held(lane);
+  known.read(params.step, params.work.num_queries);
+  __syncthreads();
+  constexpr uint32_t kRingBytes = sizeof(WarpRing<kD, kHeads>);
+  const uint32_t ring = held(shared_address(shared) + threadIdx.x / 32 * kRingBytes);
   LowerWorker<kD, kHeads> worker(
-      params, *static_cast<WarpRing<kD, kHeads>*>(__cvta_shared_to_generic(ring)), lane);
+      params, known, *static_cast<WarpRing<kD, kHeads>*>(__cvta_shared_to_generic(ring)),
+      held(threadIdx.x % 32));
   wait_for_inputs();
   split_attend(worker, params.work);
 }
 
 template <int kD, int kHeads>
 cudaError_t launch(const AttendLowerParams& params, cudaStream_t stream) {
-  const int shared_bytes = kSplitWarps * sizeof(WarpRing<kD, kHeads>);
-  return launch_split(attend_lower_kernel<kD, kHeads>, params, params.work, shared_bytes, stream);
+  return launch_split(attend_lower_kernel<kD, kHeads>, params, params.work,
+                      kSplitWarps * sizeof(WarpRing<kD, kHeads>), stream);
 }
 
 }  // namespace

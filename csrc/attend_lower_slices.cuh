@@ -9,10 +9,13 @@
 namespace twilight {
 
 constexpr int kSliceTokens = 64;
-constexpr int kAhead = 3;        // slices on their way to a warp
+constexpr int kAhead = 3;  // slices on their way to a warp
+// Slices whose codes may be on their way when one is added, 1 or 2. Two take 5 KB a block more.
+constexpr int kCodesAhead = 1;
 constexpr int kCodeTokens = 16;  // of a tile
-constexpr int kRingTokens = 48;  // index tokens whose codes are on their way, or wait: three tiles
-constexpr int kMeanPages = 4;    // of a product
+// Index tokens whose codes are on their way, or wait: two tiles, and one a slice ahead.
+constexpr int kRingTokens = (kCodesAhead + 2) * kCodeTokens;
+constexpr int kMeanPages = 4;  // of a product
 constexpr int kMeanSlots = kMeanPages + kAhead - 1;
 
 // Up to 64 tokens of a page.
@@ -42,18 +45,36 @@ __device__ __forceinline__ int slices_per_page(const StepView& step) {
   return (step.page_size + kSliceTokens - 1) / kSliceTokens;
 }
 
-// From and to: the tokens that row n sees and that are not resident.
-__device__ __forceinline__ int2 listed_tokens(const StepView& step, int n) {
-  return make_int2(max(step.ctx_starts[n], step.num_sink),
-                   min(step.window_starts[step.query_seq[n]], step.positions[n] + 1));
+// What the step's metadata says of a query row. It is read before wait_for_inputs: plain kernels
+// and copies alone write it, and whatever may still run was launched after their end.
+struct Listed {
+  int seq;
+  int2 tokens;  // from and to: those that the row sees and that are not resident
+  int first_page, slices;
+};
+
+__device__ inline Listed read_listed(const StepView& step, int n) {
+  const int seq = step.query_seq[n], from = max(step.ctx_starts[n], step.num_sink);
+  const int to = min(step.window_starts[seq], step.positions[n] + 1);
+  const int first_page = from / step.page_size;
+  const int pages = from < to ? (to - 1) / step.page_size - first_page + 1 : 0;
+  return {seq, make_int2(from, to), first_page, pages * slices_per_page(step)};
 }
 
-__device__ __forceinline__ int num_slices(const StepView& step, int n) {
-  const int2 tokens = listed_tokens(step, n);
-  if (tokens.x >= tokens.y) return 0;
-  const int pages = (tokens.y - 1) / step.page_size - tokens.x / step.page_size + 1;
-  return pages * slices_per_page(step);
-}
+constexpr int kKnown = 8;  // query rows
+
+// Read once a block, to shared memory.
+struct KnownRows {
+  Listed rows[kKnown];
+
+  __device__ void read(const StepView& step, int num_queries) {
+    const int n = threadIdx.x;
+    if (n < min(num_queries, kKnown)) rows[n] = read_listed(step, n);
+  }
+  __device__ Listed row(const StepView& step, int n) const {
+    return n < kKnown ? rows[n] : read_listed(step, n);
+  }
+};
 
 // How many of all slices lie in front of an item, where each item has an even share of them: the
 // same wherever it is asked, whichever way it is rounded.
@@ -70,12 +91,12 @@ struct Walk {
   int item, last_item;  // the warp's first; behind the stretch's last
   int first_page, slices;
 
-  __device__ void start(const StepView& step, int n, int first_item, int end_item) {
-    pages = step.page_table + int64_t{step.query_seq[n]} * step.page_table_stride;
-    tokens = listed_tokens(step, n);
+  __device__ void start(const StepView& step, const Listed& listed, int first_item, int end_item) {
+    pages = step.page_table + int64_t{listed.seq} * step.page_table_stride;
+    tokens = listed.tokens;
     item = first_item;
     last_item = end_item;
-    first_page = tokens.x / step.page_size;
+    first_page = listed.first_page;
     slices = slices_per_page(step);
   }
 };
@@ -89,7 +110,7 @@ struct alignas(16) WarpRing {
 
   Slice<kHeads> slices[kAhead];
   __half means[kMeanSlots][kD + 16];
-  float masses[kMeanPages][36];  // 32 / kHeads terms a head
+  float masses[kMeanPages][20];  // 16 / kHeads terms a head
   char codes[kRingTokens * kChunks * 16];
   __half2 affine[kRingTokens];  // scale, min
   float weights[kHeads][kRingTokens + 8];
@@ -114,8 +135,10 @@ struct alignas(16) WarpRing {
     }
   }
 
-  // Makes the ring's `at`-th token one without a weight.
-  __device__ void clear_token(int at) {
+  // Makes `count` tokens, up to 32, from the ring's `first`-th on ones without a weight.
+  __device__ void clear_tokens(uint32_t first, uint32_t count, uint32_t lane) {
+    if (lane >= count) return;
+    const uint32_t at = min(first + lane, first + lane - kRingTokens);
     affine[at] = __half2{};
 #pragma unroll
     for (int head = 0; head < kHeads; ++head) weights[head][at] = 0.f;
@@ -167,19 +190,24 @@ struct SliceSource {
     lane_at = held(lane_at);
   }
 
-  // The slices from this number on, a multiple of 32.
-  __device__ void look_up(const Walk& walk, int head, int number) {
+  // The slices from this number on, a multiple of 32: what takes no page id. find_rows does the
+  // rest, and is the first to wait for page ids.
+  __device__ void look_up(const Walk& walk, int number) {
     const int at =
         min(walk.item + (number + static_cast<int>(lane)) * kSplitWarps, walk.last_item - 1);
     const int of_stretch = walk.slices == 1 ? at : at / walk.slices;
     const int skip = (at - of_stretch * walk.slices) * kSliceTokens;
     const int of_sequence = walk.first_page + of_stretch, size = page_size;
-    page_heads = walk.pages[of_sequence] * num_kv_heads;
+    page_heads = walk.pages[of_sequence];
     token = of_sequence * size + skip;
     const int end = min(walk.tokens.y, (of_sequence + 1) * size);
     const int from = min(max(walk.tokens.x - token, 0), kSliceTokens);
     bounds = from | min(max(end - token, 0), kSliceTokens) << 8;
-    row = (page_heads + head) * page_size + skip;
+    row = skip;
+  }
+  __device__ void find_rows(int head) {
+    page_heads *= num_kv_heads;
+    row += (page_heads + head) * page_size;
   }
 
   // Asks for scores and grades of slice `number`.

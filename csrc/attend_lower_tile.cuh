@@ -14,16 +14,18 @@ namespace twilight {
 constexpr float kCodeSteps = 16.f;          // a code c enters the products as 1 + c / 16
 constexpr uint32_t kTf32Bits = 0xFFFFE000;  // of a float, what a tf32 keeps
 
-// Adds up what half a warp has of each of its heads, 2 or 4, down to 32 terms of the warp's heads:
-// lane l gets one of head l * heads / 32.
+// Adds up what half a warp has of each of its heads, 2 or 4, down to 16 terms of the warp's heads:
+// lanes 2 * l and 2 * l + 1 get one of head l * heads / 16.
 template <int kCount>
 __device__ __forceinline__ float sum_by_head(const float (&x)[kCount], uint32_t lane) {
   const auto swap = [lane](float a, float b, uint32_t mask) {
     const bool second = lane & mask;
     return (second ? b : a) + __shfl_xor_sync(kAllLanes, second ? a : b, mask);
   };
-  if constexpr (kCount == 2) return swap(x[0], x[1], 8);
-  if constexpr (kCount == 4) return swap(swap(x[0], x[2], 8), swap(x[1], x[3], 8), 4);
+  float sum;
+  if constexpr (kCount == 2) sum = swap(x[0], x[1], 8);
+  if constexpr (kCount == 4) sum = swap(swap(x[0], x[2], 8), swap(x[1], x[3], 8), 4);
+  return sum + __shfl_xor_sync(kAllLanes, sum, 1);
 }
 
 // d += A B, m16n8k8: x and y are rows g and g + 8 of A in columns j and j + 4.

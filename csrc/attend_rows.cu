@@ -35,7 +35,10 @@ __device__ Resident read_resident(const AttendRowsParams& params, int n) {
           max(0, end - recent)};
 }
 
-constexpr int kKnown = kSplitThreads;  // query rows whose Resident is in shared memory
+constexpr int kKnown = 32;  // query rows whose Resident is in shared memory
+// With this many blocks a segment a warp has one or two tiles of lists up to 4,000 rows, for which
+// two stages do; a block of head_dim 128 then takes 68 KB of shared memory for 101.
+constexpr int kFewTilesBlocks = 32;
 
 template <typename T, int kD>
 struct ListSource {
@@ -99,7 +102,10 @@ struct ListSource {
   }
 };
 
-template <typename T, int kD>
+template <typename T, int kD, int kMostStages>
+using RowsWorker = RowStream<T, kD, ListSource<T, kD>, kMostStages>;
+
+template <typename T, int kD, int kMostStages>
 __global__ void __launch_bounds__(kSplitThreads) attend_rows_kernel(AttendRowsParams params) {
   extern __shared__ __align__(16) char shared[];
   __shared__ Resident known[kKnown];
@@ -109,8 +115,8 @@ __global__ void __launch_bounds__(kSplitThreads) attend_rows_kernel(AttendRowsPa
   }
   __syncthreads();
   ListSource<T, kD> source{params, known};
-  RowStream<T, kD, ListSource<T, kD>> worker(source, params.work, params.q, params.softmax_scale,
-                                             shared);
+  RowsWorker<T, kD, kMostStages> worker(source, params.work, params.q, params.softmax_scale,
+                                        shared);
   wait_for_inputs();
   split_attend(worker, params.work);
   if (params.direct_bytes != nullptr && threadIdx.x % 32 == 0 && worker.direct_rows > 0) {
@@ -119,14 +125,19 @@ __global__ void __launch_bounds__(kSplitThreads) attend_rows_kernel(AttendRowsPa
   }
 }
 
+template <typename T, int kD, int kMostStages>
+cudaError_t launch(const AttendRowsParams& params, cudaStream_t stream) {
+  return launch_split(attend_rows_kernel<T, kD, kMostStages>, params, params.work,
+                      RowsWorker<T, kD, kMostStages>::kSharedBytes, stream);
+}
+
 }  // namespace
 
 cudaError_t launch_attend_rows(const AttendRowsParams& params, cudaStream_t stream) {
   return TWILIGHT_DISPATCH_ROW(params.row_dtype, T, {
     return TWILIGHT_DISPATCH_HEAD_DIM(params.head_dim, {
-      using Worker = RowStream<T, kD, ListSource<T, kD>>;
-      return launch_split(attend_rows_kernel<T, kD>, params, params.work, Worker::kSharedBytes,
-                          stream);
+      const bool few_tiles = num_segments(params.work) * kFewTilesBlocks <= params.work.num_blocks;
+      return few_tiles ? launch<T, kD, 2>(params, stream) : launch<T, kD, 3>(params, stream);
     });
   });
 }

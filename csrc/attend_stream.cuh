@@ -11,14 +11,15 @@
 
 namespace twilight {
 
-template <typename T, int kD, class Source>
+template <typename T, int kD, class Source, int kMostStages = 3>
 struct RowStream {
   using Bytes = RowBytes<T, kD>;
   static constexpr int kHeadDim = kD;
   static constexpr int kUnitItems = kSplitWarps * kTileRows;
-  // As many stages as leave two blocks of head_dim 128 on a Hopper multiprocessor (101 KB each)
-  // and fit the 163 KB of an A100 at head_dim 256 (131 KB).
-  static constexpr int kStages = Bytes::kTile <= 8704 ? 3 : Bytes::kTile <= 17408 ? 2 : 1;
+  // Up to kMostStages, and as many as leave two blocks of head_dim 128 on a Hopper multiprocessor
+  // (101 KB each) and fit the 163 KB of an A100 at head_dim 256 (131 KB).
+  static constexpr int kFitting = Bytes::kTile <= 8704 ? 3 : Bytes::kTile <= 17408 ? 2 : 1;
+  static constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
   static constexpr int kRingBytes = kSplitWarps * kStages * Bytes::kTile;
   static constexpr int kPartBytes = kSplitWarps * kHeadTile * (kD + 4) * 4;
   static constexpr int kSharedBytes = kRingBytes > kPartBytes ? kRingBytes : kPartBytes;

@@ -118,6 +118,14 @@ def test_work_dealt_out_by_counts(device: torch.device) -> None:
         check(scores, grades, make_index(case, device), meta, index_counts=counts)
 
 
+def test_more_query_rows_than_a_block_keeps_in_mind(device: torch.device) -> None:
+    case = Case(seq_lens=(300, 90) * 5, q_lens=(2, 5) * 5, head_dim=128, page_size=64)
+    meta = make_meta(case, device)
+    scores, grades = make_scores(case, meta), make_grades(case, meta, MIXES["mixed"])
+    counts = (grades == GRADE_INDEX).sum(-1).int()
+    check(scores, grades, make_index(case, device), meta, index_counts=counts)
+
+
 def test_aligned_scores(device: torch.device) -> None:
     case = Case(seq_lens=(1000,), head_dim=128, page_size=64)
     meta = make_meta(case, device)
@@ -170,6 +178,20 @@ def test_many_slices_a_warp(mix: str) -> None:
     meta = make_meta(case, device)
     scores, grades = make_scores(case, meta), make_grades(case, meta, MIXES[mix])
     check(scores, grades, make_index(case, device), meta)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (64, 8), (256, 8)])
+def test_many_whole_slices_a_warp_and_full_rings(head_dim: int, group: int) -> None:
+    device = torch.device("cuda")
+    case = Case(seq_lens=(100_000,), head_dim=head_dim, page_size=64, num_kv_heads=8, group=group)
+    meta = make_meta(case, device)
+    scores, grades = make_scores(case, meta), make_grades(case, meta, MIXES["few-index"])
+    grades[:, :, 20_000:40_000] = GRADE_INDEX
+    grades[:, :, 50_000:90_000:2] = GRADE_INDEX
+    counts = (grades == GRADE_INDEX).sum(-1).int()
+    for index_counts in (None, counts):
+        check(scores, grades, make_index(case, device), meta, index_counts=index_counts)
 
 
 @pytest.mark.gpu

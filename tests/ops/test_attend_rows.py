@@ -112,6 +112,13 @@ def test_long_uneven_lists(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("seq_lens", [(9000,), (4000,) * 3], ids=["two-stages", "three-stages"])
+def test_more_tiles_a_warp_than_stages(seq_lens: tuple[int, ...]) -> None:
+    case = Case(seq_lens=seq_lens, num_kv_heads=8, group=4, head_dim=128, page_size=64)
+    run(case, torch.bfloat16, torch.device("cuda"), EVERY, 0.8)
+
+
+@pytest.mark.gpu
 def test_a_captured_graph_follows_the_device_counts() -> None:
     device = torch.device("cuda")
     case = Case(seq_lens=(1000, 300), head_dim=128, page_size=64)
