@@ -90,11 +90,9 @@ class KVCache:
         self.plan = self.plan_for(
             model, kv_config, max_model_len=max_model_len, max_num_seqs=max_num_seqs, dtype=dtype
         )
-        # For prefetched pages; what needs no fetched row; and the step's own rows. Whoever forks one
-        # of the last two off joins it again within the layer.
-        self.copy_stream, self.side_stream, self.append_stream = (
-            torch.cuda.Stream(self.device) if self.on_gpu else None for _ in range(3)
-        )
+        # For copied pages, what needs no fetched row, the step's rows: whoever forks, joins again.
+        streams = [torch.cuda.Stream(self.device) if self.on_gpu else None for _ in range(3)]
+        self.copy_stream, self.side_stream, self.append_stream = streams
         self.pool = PagePool(self.plan.num_pages)
         self.host = HostArena(
             num_layers=model.num_layers,
