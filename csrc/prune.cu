@@ -304,6 +304,7 @@ cudaError_t launch_prune(const PruneParams& p, cudaStream_t stream) {
   const bool plain = vectors && one_error && (!p.unite || p.group == 1) && p.top_k == nullptr &&
                      (p.candidates == nullptr || p.dropped) && !p.expand_pages;
   if (!plain) return launch<false, Heads::kAny>(p, stream);
+  if (p.group == 1) return launch<true, Heads::kOne>(p, stream);
   if (p.group == kHeads) return launch<true, Heads::kOneBatch>(p, stream);
   return p.group % kHeads == 0 ? launch<true, Heads::kFullBatches>(p, stream)
                                : launch<true, Heads::kAny>(p, stream);

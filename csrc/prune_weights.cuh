@@ -10,8 +10,8 @@ namespace twilight {
 constexpr int kHeads = 4;      // whose scores for a tile are on their way together
 constexpr int kNoErrors = -2;  // in place of a page size's log2
 
-// How many heads a mean is over: any number, some batches of kHeads, or one.
-enum class Heads { kAny, kFullBatches, kOneBatch };
+// How many heads a mean is over: any number, some batches of kHeads, one batch, or one head.
+enum class Heads { kAny, kFullBatches, kOneBatch, kOne };
 
 // How a launch is laid out.
 struct Plan {
@@ -170,13 +170,14 @@ struct Source {
         page_shift(held(s.errors == nullptr ? kNoErrors : s.page_shift)) {}
 };
 
-// Heads for a lane's four tokens of a tile, kHeads at most: their scores, and in the plain case the
+// Heads for a lane's four tokens of a tile, kMost at most: their scores, and in the plain case the
 // errors of the tokens' page, on their way.
 template <bool kPlain, Heads kCount>
 struct Batch {
-  static constexpr bool kWhole = kCount != Heads::kAny;  // always kHeads
-  float4 scores[kHeads];
-  float errors[kHeads] = {0.f, 0.f, 0.f, 0.f};
+  static constexpr bool kWhole = kCount != Heads::kAny;  // always kMost
+  static constexpr int kMost = kCount == Heads::kOne ? 1 : kHeads;
+  float4 scores[kMost];
+  float errors[kMost] = {};
 
   // skip: heads from the source's first on.
   __device__ __forceinline__ void load(const Share& s, const PruneParams& p, const Source& source,
@@ -185,7 +186,7 @@ struct Batch {
     const float* from = source.scores + t;
     if (skip > 0) from += int64_t(skip) * p.capacity;
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h, from += p.capacity) {
+    for (int h = 0; h < kMost; ++h, from += p.capacity) {
       if (!kWhole && skip + h >= heads) break;
       if (kPlain) {
         scores[h] = __ldcg(reinterpret_cast<const float4*>(from));
@@ -208,7 +209,7 @@ struct Batch {
     const float* of_page = source.errors + page;
     if (skip > 0) of_page += int64_t(skip) * p.num_pages;
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h, of_page += p.num_pages) {
+    for (int h = 0; h < kMost; ++h, of_page += p.num_pages) {
       if (!kWhole && skip + h >= heads) break;
       errors[h] = __ldcg(of_page);
     }
@@ -226,7 +227,7 @@ struct TokenSums {
                                       unsigned scales, int t, int skip, int heads,
                                       const Batch<kPlain, kCount>& batch) {
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
+    for (int h = 0; h < batch.kMost; ++h) {
       if (!batch.kWhole && skip + h >= heads) break;
       const float4& x = batch.scores[h];
       const HeadScale scale(scales + (skip + h) * unsigned(sizeof(HeadScale)));
@@ -327,13 +328,13 @@ __device__ __forceinline__ Masses take_weights(const Share& s, const PruneParams
 #pragma unroll 1
     while (true) {
       sums.add(s, p, source, first_scale, t, skip, heads, batch);
-      skip += kHeads;
-      if (kCount == Heads::kOneBatch || skip >= heads) break;
+      skip += batch.kMost;
+      if (kCount == Heads::kOneBatch || kCount == Heads::kOne || skip >= heads) break;
       batch.load(s, p, source, t, skip, heads);
     }
     if (kPlain && !easy && p.dropped) {
       __syncwarp();  // a branch, where predicates would cost all tiles
-      sums.leave_out_dropped(batch.scores[batch.kWhole ? kHeads - 1 : 0]);
+      sums.leave_out_dropped(batch.scores[batch.kWhole ? batch.kMost - 1 : 0]);
     }
     batch.load(s, p, source, t + kTile, 0, heads);  // on their way while these are kept
     if (easy) {
