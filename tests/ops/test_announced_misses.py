@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ from twilight_engine.ops.gather_rows import gather_rows
 from twilight_engine.ops.resolve_rows import resolve_rows
 from twilight_engine.reference import gather_rows as gather_reference
 from twilight_engine.reference import resolve_rows as resolve_reference
+
+MOST_LAYERS = 1024  # kMostLayers in csrc/announced_misses.cuh
+KEY_BITS = 2**32 - 1
 
 
 class Cache:
@@ -91,6 +95,8 @@ class Cache:
             shared_pages=False,
         )
         gather_rows(self.host, found[1], self.rows, counters=self.counters, times=times)
+        if device.type == "cuda":
+            self.check_announced(found[1])
         assert_same_lists(lists, found, want)
         assert_same_state(self.hot, self.want_hot)
         check_invariants(self.hot)
@@ -100,6 +106,23 @@ class Cache:
             self.want_hot.step.add_(1)
             self.hot.step.add_(1)
         return int(want[1].counts.sum())
+
+    def check_announced(self, fetch: FetchLists) -> None:
+        """Where every sequence has one query row, the rows fetched are those announced first."""
+        alone = self.meta.num_queries == self.meta.num_seqs
+        assert (fetch.announced is not None) == alone
+        if fetch.announced is None:
+            return
+        tag = int(self.hot.step) * MOST_LAYERS + fetch.announced.layer
+        words, src, counts = self.words.cpu(), fetch.src.cpu(), fetch.counts.cpu()
+        for segment in np.ndindex(*counts.shape):
+            count = min(int(counts[segment]), ANNOUNCED_WORDS - 1)
+            told = words[segment][: count + 1]
+            assert (told >> 32 == tag).all()
+            assert int(told[0] & KEY_BITS) >= int(counts[segment])
+            keys = (told[1:] & KEY_BITS).sort().values
+            if count == counts[segment]:
+                assert torch.equal(keys, src[segment][:count].long().sort().values)
 
 
 def make_cache(
@@ -208,6 +231,19 @@ def test_a_step_that_comes_again(device: torch.device) -> None:
     cache = make_cache(device, q_lens=[1], num_chunks=60)
     for _ in range(6):
         cache.check_step(random_lists(1, 2, 640, 300), counts=False)
+
+
+def test_announcements_of_other_shapes_are_refused() -> None:
+    cache = make_cache(torch.device("cpu"), q_lens=[1], num_chunks=20)
+    fetch = FetchLists.empty(1, 2, 4, cache.device)
+    for shape, dtype, message in (
+        ((1, 2, 7), torch.int64, r"announced\.words has shape \[1, 2, 7\]"),
+        ((1, 2, ANNOUNCED_WORDS), torch.int32, r"announced\.words has dtype torch.int32"),
+    ):
+        words = torch.zeros(shape, dtype=dtype)
+        told = replace(fetch, announced=Announced(words, cache.hot.step, layer=0))
+        with pytest.raises(ValueError, match=message):
+            gather_rows(cache.host, told, cache.rows)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twilight_engine.layout import FetchLists
+from twilight_engine.layout import ANNOUNCED_WORDS, FetchLists
 from twilight_engine.ops.cpu import gather_rows as cpu
 from twilight_engine.ops.launch import check_dtype, check_shape, current_stream, kernels, ptr
 
@@ -89,6 +89,11 @@ def _check(
     lists = {"fetch.src": fetch.src, "fetch.dst": fetch.dst, "fetch.counts": fetch.counts}
     for name, tensor in lists.items():
         check_dtype(name, tensor, torch.int32)
+    if fetch.announced is not None:
+        words = fetch.announced.words
+        check_shape("fetch.announced.words", words, (*fetch.counts.shape, ANNOUNCED_WORDS))
+        check_dtype("fetch.announced.words", words, torch.int64)
+        lists["fetch.announced.words"] = words
     contiguous = {**lists, "rows": rows}
     if host_kv.shape[0]:
         contiguous["host_kv[0]"] = host_kv[0]
