@@ -45,6 +45,7 @@ namespace {
 
 constexpr int kBlocksPerSm = 2;
 constexpr int kMostBlocks = 1024;  // what the workspace has room for
+constexpr int kFewLeftOver = 16;   // of so many blocks, one is not missed
 
 template <int D>
 constexpr int kWarps = D > 128 ? 4 : 8;  // 16 warps an SM in 128 registers, or 8 in 255
@@ -242,13 +243,22 @@ __global__ void __launch_bounds__(kThreads<D>, kBlocksPerSm)
   wait_for_inputs();  // for blocks without work: the kernel ends no sooner than those before it
 }
 
+// Of the blocks there is room for, a multiple of the units where few are left over: no block then
+// has parts of two equal units, with two starts and ends, and the next kernel, which wants whole
+// multiprocessors, does not wait for a few late ones.
+int count_blocks(int most, int units) {
+  const int left_over = most % units;
+  return units <= most && left_over <= most / kFewLeftOver ? most - left_over : most;
+}
+
 template <int D, bool kPerToken>
 cudaError_t launch(EstimateScoresParams& p, int num_sms, cudaStream_t stream) {
   const auto kernel = estimate_scores_kernel<D, kPerToken>;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<D>);
   if (status != cudaSuccess) return status;
-  const int blocks = min(kMostBlocks, kBlocksPerSm * num_sms);
+  const int blocks = count_blocks(min(kMostBlocks, kBlocksPerSm * num_sms),
+                                  p.num_rows * p.num_kv_heads * p.head_groups);
   p.by_blocks = Divisor::of(blocks);
   return launch_dependent(kernel, blocks, kThreads<D>, kSharedBytes<D>, stream, 1, p);
 }
