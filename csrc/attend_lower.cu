@@ -102,8 +102,8 @@ struct LowerWorker {
   }
 
   // Copies are committed twice a step: codes of index tokens, then what the slice kAhead further
-  // asks for. So when all but the last kAhead + kCodesAhead - 1 groups are there, the slice at hand
-  // is, and so are the codes of all slices but the kCodesAhead before it.
+  // asks for. So when all but the last kAhead groups are there, the slice at hand is, and so are
+  // the codes of all slices but the one before it.
   __device__ void attend(const Segment& segment, int first_item, int last_item) {
     const Listed row = known.row(params.step, segment.n);
     const int items = num_items(segment.n, segment.h);
@@ -142,7 +142,7 @@ struct LowerWorker {
         wait_copies<0>();
         fresh = last = 0;
       }
-      wait_copies<kAhead + kCodesAhead - 1>();
+      wait_copies<kAhead>();
       __syncwarp();
 #pragma unroll 1
       for (; live - fresh >= kCodeTokens; live -= kCodeTokens) add_tile();
@@ -150,7 +150,7 @@ struct LowerWorker {
       __syncwarp();
       if (waiting == kMeanPages || (steps == 0 && waiting > 0)) add_means();
       if (steps == 0) return;
-      fresh = rest || kCodesAhead == 2 ? last : 0;
+      fresh = rest ? last : 0;
       last = min(left, kRingTokens - live);
       fresh += last, left -= last;
       push(slice, ring.listed + left, last), live += last;

@@ -9,13 +9,10 @@
 namespace twilight {
 
 constexpr int kSliceTokens = 64;
-constexpr int kAhead = 3;  // slices on their way to a warp
-// Slices whose codes may be on their way when one is added, 1 or 2. Two take 5 KB a block more.
-constexpr int kCodesAhead = 1;
+constexpr int kAhead = 3;        // slices on their way to a warp
 constexpr int kCodeTokens = 16;  // of a tile
-// Index tokens whose codes are on their way, or wait: two tiles, and one a slice ahead.
-constexpr int kRingTokens = (kCodesAhead + 2) * kCodeTokens;
-constexpr int kMeanPages = 4;  // of a product
+constexpr int kRingTokens = 48;  // index tokens whose codes are on their way, or wait: three tiles
+constexpr int kMeanPages = 4;    // of a product
 constexpr int kMeanSlots = kMeanPages + kAhead - 1;
 
 // Up to 64 tokens of a page.

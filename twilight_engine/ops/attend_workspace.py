@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 HEAD_TILE = 8  # query heads that share one pass over K and V; kHeadTile in csrc/split_attend.h
 # Persistent blocks a multiprocessor gets. Rows at head_dim 128 fill its shared memory (101 KB a
-# block; 68 KB in a step of one sequence). The lower grades run beside the fetch (512 threads a
+# block; 68 KB in a step of one sequence). The lower grades run beside the fetch (256 threads a
 # block) and the rows: three blocks take 56 % of the registers and, at head_dim 128, 122 KB, which
 # leaves room for a block of rows. Four leave room for one of 68 KB, and just so; five do not.
 BLOCKS_PER_SM = {"rows": 2, "lower": 3}
