@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twilight_engine.layout import ANNOUNCED_WORDS, FetchLists
+from twilight_engine.layout import FetchLists
 from twilight_engine.ops.cpu import gather_rows as cpu
 from twilight_engine.ops.launch import check_dtype, check_shape, current_stream, kernels, ptr
+from twilight_engine.ops.resolve_rows import check_announced
 
-# Thread blocks of 256: 32 take 95 % of a PCIe 5 x16 link's DMA rate, 16 and 64 a little less. More
-# put the rows of a short list, and so their translations, on the link at once, but slow whoever
-# reads device memory beside them.
+# Thread blocks of 256: 32 take 94-95 % of a PCIe 5 x16 link's DMA rate, 16 and 64 a little less.
+# More put the rows of a short list, and so their translations, on the link at once, but slow
+# whoever reads device memory beside them.
 NUM_BLOCKS = 32
 MAX_SEGMENTS = 8192  # (sequence, KV head) pairs whose offsets fit in a block's shared memory
 ROW_ALIGN_BYTES = 16
@@ -89,11 +90,7 @@ def _check(
     lists = {"fetch.src": fetch.src, "fetch.dst": fetch.dst, "fetch.counts": fetch.counts}
     for name, tensor in lists.items():
         check_dtype(name, tensor, torch.int32)
-    if fetch.announced is not None:
-        words = fetch.announced.words
-        check_shape("fetch.announced.words", words, (*fetch.counts.shape, ANNOUNCED_WORDS))
-        check_dtype("fetch.announced.words", words, torch.int64)
-        lists["fetch.announced.words"] = words
+    check_announced(fetch)
     contiguous = {**lists, "rows": rows}
     if host_kv.shape[0]:
         contiguous["host_kv[0]"] = host_kv[0]

@@ -129,10 +129,7 @@ def _check(
     check_shape("fetch.dst", fetch.dst, tuple(fetch.src.shape))
     check_shape("fetch.counts", fetch.counts, (b, hkv))
     check_shape("fetch.direct", fetch.direct, (b, hkv))
-    if fetch.announced is not None:
-        words = fetch.announced.words
-        check_shape("fetch.announced.words", words, (b, hkv, ANNOUNCED_WORDS))
-        check_dtype("fetch.announced.words", words, torch.int64)
+    check_announced(fetch)
     int32 = {
         "exact.tokens": exact.tokens,
         "exact.counts": exact.counts,
@@ -155,6 +152,19 @@ def _check(
                 f"hot.slot_map has page size {hot.slot_map.shape[2]}; "
                 f"it must be meta.page_size ({meta.page_size})"
             )
+
+
+def check_announced(fetch: FetchLists) -> None:
+    """ValueError unless the misses of these lists can be announced where they say, if they do."""
+    if fetch.announced is None:
+        return
+    words = fetch.announced.words
+    check_shape("fetch.announced.words", words, (*fetch.counts.shape, ANNOUNCED_WORDS))
+    check_dtype("fetch.announced.words", words, torch.int64)
+    if not words.is_contiguous():
+        raise ValueError(
+            f"fetch.announced.words has strides {words.stride()}; it must be contiguous"
+        )
 
 
 def check_hot_rows(hot: HotRows, num_kv_heads: int) -> None:
