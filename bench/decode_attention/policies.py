@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twilight_engine.attention.decode import DecodeAttention
-from twilight_engine.attention.graded import GradedAttention
+from twilight_engine.attention.graded import GradedAttention, NewRows
 from twilight_engine.attention.selectors import LayerView
 from twilight_engine.config import SparseConfig
 from twilight_engine.kv.cache import KVCache, SequenceKV
@@ -91,11 +91,7 @@ class QuestPages(ZeroCopyRows):
     """Quest: every token of the blocks it selects is exact; no estimate, nothing below."""
 
     def _attend_graded(
-        self,
-        q: Tensor,
-        meta: StepMeta,
-        buffers: StepBuffers,
-        new_rows: tuple[Tensor, Tensor] | None = None,
+        self, q: Tensor, meta: StepMeta, buffers: StepBuffers, new_rows: NewRows
     ) -> list[AttendState]:
         view = LayerView(
             self.layer,

@@ -32,6 +32,8 @@ from twilight_engine.ops.resolve_rows import resolve_rows
 # put more reads on the link at once, which brings short lists sooner and long ones not, and slows
 # the lower grades.
 STEP_BLOCKS, LEAST_BLOCKS = 64, 16
+# A step's K and V [N, Hkv, D] where the layer appends them itself.
+NewRows = tuple[Tensor, Tensor] | None
 
 
 class GradedAttention:
@@ -90,15 +92,12 @@ class GradedAttention:
         all_estimated = not self.config.keeps_every_row and self.config.selector == "all"
         return self.cache.append_stream is not None and all_estimated
 
-    def __call__(
-        self, q: Tensor, meta: StepMeta, new_rows: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def __call__(self, q: Tensor, meta: StepMeta, new_rows: NewRows) -> Tensor:
         """Attention of the step's tokens.
 
         Args:
             q: [N, Hq, D].
-            new_rows: the step's K and V [N, Hkv, D] if this layer `appends`; None: they are
-                appended already.
+            new_rows: the step's rows if this layer `appends`; None: they are appended already.
         Returns: [N, Hq, D] in q's dtype.
         """
         buffers = self._buffers(meta.num_queries)
@@ -114,11 +113,7 @@ class GradedAttention:
         return out
 
     def _attend_graded(
-        self,
-        q: Tensor,
-        meta: StepMeta,
-        buffers: StepBuffers,
-        new_rows: tuple[Tensor, Tensor] | None = None,
+        self, q: Tensor, meta: StepMeta, buffers: StepBuffers, new_rows: NewRows
     ) -> list[AttendState]:
         pruned, scores, lse = self._prune(q, meta, buffers, new_rows)
         graded = None
@@ -183,11 +178,7 @@ class GradedAttention:
         return [state]
 
     def _prune(
-        self,
-        q: Tensor,
-        meta: StepMeta,
-        buffers: StepBuffers,
-        new_rows: tuple[Tensor, Tensor] | None = None,
+        self, q: Tensor, meta: StepMeta, buffers: StepBuffers, new_rows: NewRows = None
     ) -> tuple[Pruned, Tensor, Tensor]:
         """Select, estimate and grade every visible token: grades, scores, their log-sum-exp."""
         scale = self.cache.model.softmax_scale
