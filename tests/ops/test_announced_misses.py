@@ -235,15 +235,18 @@ def test_a_step_that_comes_again(device: torch.device) -> None:
 
 def test_announcements_of_other_shapes_are_refused() -> None:
     cache = make_cache(torch.device("cpu"), q_lens=[1], num_chunks=20)
-    fetch = FetchLists.empty(1, 2, 4, cache.device)
-    for shape, dtype, message in (
-        ((1, 2, 7), torch.int64, r"announced\.words has shape \[1, 2, 7\]"),
-        ((1, 2, ANNOUNCED_WORDS), torch.int32, r"announced\.words has dtype torch.int32"),
+    fetch, lists = FetchLists.empty(1, 2, 4, cache.device), random_lists(1, 2, 640, 9)
+    words = torch.zeros(1, 2, 2 * ANNOUNCED_WORDS, dtype=torch.int64)
+    for wrong, message in (
+        (words[..., :7].contiguous(), r"announced\.words has shape \[1, 2, 7\]"),
+        (words[..., ::2].int(), r"announced\.words has dtype torch.int32"),
+        (words[..., ::2], r"announced\.words has strides .*; it must be contiguous"),
     ):
-        words = torch.zeros(shape, dtype=dtype)
-        told = replace(fetch, announced=Announced(words, cache.hot.step, layer=0))
+        told = replace(fetch, announced=Announced(wrong, cache.hot.step, layer=0))
         with pytest.raises(ValueError, match=message):
             gather_rows(cache.host, told, cache.rows)
+        with pytest.raises(ValueError, match=message):
+            resolve_rows(lists, cache.hot, cache.meta, fetch=told)
 
 
 @pytest.mark.gpu
